@@ -1,0 +1,294 @@
+"""What fitting and attributing cost, as ratios to the same work written by hand, timed alternately in one run.
+
+    python benchmarks/attribution_speed.py [--batch 32] [--rounds 5] [--device cuda] [--part attribute]
+
+Writes benchmarks/results/attribution_speed.json: for every comparison the median of the paired ratios, their range, and
+what was compared with what. Weights are random: only time and memory are measured. A bottleneck is fitted for two steps
+first; its cost does not depend on how well it is fitted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from captum.attr import LayerGradCam
+from torch import Tensor, nn
+
+import ib_explain as ibx
+from ib_explain.data.batches import Batches
+from ib_explain.fitting import FitSettings, make_accelerator
+from ib_explain.fitting import _Trainer as Trainer
+from ib_explain.hooks import frozen
+from ib_explain.io import versions
+from ib_explain.observation import observe
+from ib_explain.per_image import PerImageSettings, optimise
+from ib_explain.places import find_place
+
+RESULTS = Path(__file__).parent / "results" / "attribution_speed.json"
+HOSTS = {"resnet50": "layer4", "vit_small_patch16_224": "blocks.10"}  # with the last stage for Captum's Grad-CAM
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--part", choices=["attribute", "fit", "per_image", "memory"], action="append")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # a child process that measures one peak of memory
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    if options.peak_of:
+        host, work = options.peak_of.split("/")
+        attribute_works(host, options)[work]()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        return
+    found = json.loads(RESULTS.read_text())["ratios"] if RESULTS.exists() else {}
+    for part in options.part or ["attribute", "fit", "per_image", "memory"]:
+        found |= {"attribute": attribute, "fit": fit, "per_image": per_image, "memory": memory}[part](options)
+        RESULTS.write_text(json.dumps({**about(options), "ratios": found}, indent=2) + "\n")
+
+
+def about(options: argparse.Namespace) -> dict[str, object]:
+    name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"command": "python " + " ".join(sys.argv), "device": name, "batch": options.batch, "versions": versions()}
+
+
+def build(name: str, options: argparse.Namespace, size: int = 224) -> tuple[nn.Module, Tensor]:
+    host = timm.create_model(name).eval().to(options.device)
+    return host, torch.randn(options.batch, 3, size, size, device=options.device)
+
+
+def attribute_works(name: str, options: argparse.Namespace) -> dict[str, Callable[[], object]]:
+    """The things that are compared on one host, each a function without arguments."""
+    host, x = build(name, options)
+    data = [x[:4]] * 2
+    fitted = {reads: ibx.IBAttention(host, reads=reads) for reads in ("features", "gradient")}
+    for ib in fitted.values():
+        ib.fit(data, steps=2, show_progress=False)
+    site = fitted["gradient"].site
+    module = dict(host.named_modules())[site.name]
+    last = dict(host.named_modules())[HOSTS[name]]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return host(x)
+
+    def forward_and_backward_behind() -> Tensor:
+        kept: list[Tensor] = []
+
+        def switch(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            torch.set_grad_enabled(True)
+            kept.append(output.detach().requires_grad_())
+            return kept[0].clone()
+
+        handle = module.register_forward_hook(switch)
+        try:
+            with frozen(host), torch.no_grad():
+                logits = host(x)
+                with torch.enable_grad():
+                    score = logits.gather(1, logits.argmax(1, keepdim=True)).sum()
+                return torch.autograd.grad(score, kept[0])[0]
+        finally:
+            handle.remove()
+
+    def captum_grad_cam() -> Tensor:
+        with frozen(host):
+            return LayerGradCam(host, last).attribute(x, target=0)
+
+    return {
+        "forward": forward,
+        "forward and backward behind the site": forward_and_backward_behind,
+        "attribute, features": lambda: fitted["features"].attribute(x),
+        "attribute, gradient": lambda: fitted["gradient"].attribute(x),
+        "Captum LayerGradCam, last stage": captum_grad_cam,
+    }
+
+
+def attribute(options: argparse.Namespace) -> dict[str, object]:
+    """Fitted `attribute` against one forward pass, or one forward pass and one backward behind the site."""
+    found = {}
+    for name in HOSTS:
+        works = attribute_works(name, options)
+        pairs = [
+            ("attribute, features", "forward"),
+            ("attribute, gradient", "forward and backward behind the site"),
+            ("attribute, gradient", "forward"),
+            ("Captum LayerGradCam, last stage", "forward"),
+        ]
+        for work, against in pairs:
+            label = f"{name}: {work} / {against}"
+            found[label] = compare(label, works[work], works[against], options)
+    return found
+
+
+def fit(options: argparse.Namespace) -> dict[str, object]:
+    """One optimiser step against the passes that it cannot do without, written by hand."""
+    found: dict[str, object] = {}
+    for name in HOSTS:
+        for reads in ("features", "gradient"):
+            found |= fit_one(name, reads, options)
+    return found
+
+
+def fit_one(name: str, reads: str, options: argparse.Namespace) -> dict[str, object]:
+    host, x = build(name, options)
+    ib = ibx.IBAttention(host, reads=reads).fit([x[:4]] * 2, steps=2, show_progress=False)
+    settings = FitSettings(1000, 1.0, 1e-3, "prediction", "fp32", 0)
+    found = {}
+    with frozen(host):
+        place, bottleneck = ib._place, ib.bottleneck.requires_grad_(True)
+        trainer = Trainer(bottleneck, host, place, Batches([x], 0).share, settings, make_accelerator(x.device))
+        trainer.step(x, None)  # the first and every sixteenth step also score the closed bottleneck; not timed here
+        for label, reading in (
+            ("up to the site without autograd, forward and backward behind it", 0),
+            ("all passes that its targets and readings need, by hand", 2 if reads == "gradient" else 1),
+        ):
+            label = f"{name}: fit step, {reads} / {label}"
+            found[label] = compare(
+                label, lambda: trainer.step(x, None), lambda reading=reading: plain(host, place, x, reading), options
+            )
+    return found
+
+
+def plain(host: nn.Module, place, x: Tensor, reading: int = 0) -> None:
+    """Forward up to the site without autograd, forward and backward behind it (and the reading pass, if asked)."""
+    with torch.no_grad():
+        seen = observe(host, place.site, x, gradient=reading == 2) if reading else None
+        if seen is None:
+            seen = Prefix(host, place, x)
+        features = place.site.layout.to_grid(seen.output).detach()
+    leaf = features.clone().requires_grad_()
+    with torch.enable_grad():
+        logits = seen.tail(place.site.layout.with_grid(seen.output, leaf * 1.0))
+        torch.autograd.grad(F.cross_entropy(logits, logits.detach().argmax(1)), leaf)
+
+
+class Prefix:
+    """The pass up to the site alone, ended there."""
+
+    def __init__(self, host: nn.Module, place, x: Tensor) -> None:
+        from ib_explain.hooks import TailRecorder, capture
+
+        with TailRecorder(host, place.site.name) as recorder, capture(host, [place.site.name], stop=True) as seen:
+            host(x)
+        self.output, self.tail = seen[place.site.name], recorder.tail(x)
+
+
+def per_image(options: argparse.Namespace) -> dict[str, object]:
+    """A batch optimised at once against one image at a time as published: same steps and noise copies, frozen host."""
+    steps, copies = 4, 4
+    host, x = build("resnet18", options, size=128)
+    ib = ibx.IBAttention(host, "layer2")
+    settings = PerImageSettings(steps=steps, copies=copies)
+    ib.attribute_per_image(x[:1], settings=PerImageSettings(steps=1))
+    restriction = ib._reference[1]
+    place = find_place(host, "layer2", (3, 128, 128), read=False)
+    target = host(x).argmax(1)
+
+    def one_at_a_time() -> None:
+        module = dict(host.named_modules())["layer2"]
+        with frozen(host):
+            for image, wanted in zip(x[: max(2, options.batch // 8)], target, strict=False):
+                tiled, alpha = image.expand(copies, -1, -1, -1), torch.full((1, 1, 16, 16), 1.0, device=x.device)
+                alpha.requires_grad_()
+                optimiser = torch.optim.Adam([alpha], lr=0.5)
+                for _ in range(steps):
+                    nats: list[Tensor] = []
+
+                    def hook(_m: nn.Module, _i: object, output: Tensor, alpha=alpha, nats=nats) -> Tensor:
+                        r, a = restriction.moments(output), alpha.sigmoid()
+                        nats.append(restriction.gate.bits(a, r.square().sum(1, keepdim=True), r.shape[1]).mean())
+                        return restriction.moments.restore(restriction.gate.mix(r, a, torch.randn_like(r)))
+
+                    handle = module.register_forward_hook(hook)
+                    logits = host(tiled)
+                    handle.remove()
+                    loss = F.cross_entropy(logits, wanted.expand(copies)) + nats[0]
+                    (alpha.grad,) = torch.autograd.grad(loss, alpha)
+                    optimiser.step()
+
+    def together() -> None:
+        with frozen(host), torch.no_grad():
+            seen = observe(host, place.site, x, target)
+            optimise(restriction, seen, place.site.layout, settings)
+
+    share = options.batch / max(2, options.batch // 8)
+    label = f"resnet18 at 128 px, layer2: one image at a time / batch of {options.batch}, per image"
+    return {label: compare(label, one_at_a_time, together, options, factor=share)}
+
+
+def memory(options: argparse.Namespace) -> dict[str, object]:
+    """Peak memory of a fitted `attribute` against the same passes by hand, each in a process of its own."""
+    found = {}
+    for name in HOSTS:
+        for work, against in [
+            ("attribute, features", "forward"),
+            ("attribute, gradient", "forward and backward behind the site"),
+        ]:
+            peaks = [peak(f"{name}/{w}", options) for w in (work, against)]
+            label = f"{name}: peak memory, {work} / {against}"
+            found[label] = {"ratio": round(peaks[0] / peaks[1], 3), "megabytes": [round(p / 2**20) for p in peaks]}
+            print(label, found[label], flush=True)
+    return found
+
+
+def peak(work: str, options: argparse.Namespace) -> float:
+    """Bytes: allocated on the GPU, or the whole process's resident peak on the CPU."""
+    if options.device == "cuda":
+        host, name = work.split("/")
+        run = attribute_works(host, options)[name]
+        run()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated()
+    command = [sys.executable, __file__, "--peak-of", work, "--batch", str(options.batch), "--device", options.device]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.strip().splitlines()[-1]) * 1024
+
+
+def compare(
+    label: str,
+    work: Callable[[], object],
+    against: Callable[[], object],
+    options: argparse.Namespace,
+    factor: float = 1.0,
+) -> dict[str, object]:
+    """Median and range of time(work) / time(against) over alternating rounds, after one round that is not counted."""
+    ratios = []
+    for number in range(options.rounds + 1):
+        pair = [seconds(w, options) for w in ((work, against) if number % 2 else (against, work))]
+        first, second = pair if number % 2 else reversed(pair)
+        if number:
+            ratios.append(first / second * factor)
+    result = {
+        "ratio": round(statistics.median(ratios), 3),
+        "range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "rounds": options.rounds,
+    }
+    print(label, result, flush=True)
+    return result
+
+
+def seconds(work: Callable[[], object], options: argparse.Namespace) -> float:
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""`attribute`: one door to every method. Checks the input, cuts it into chunks, calls, checks what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ib_explain.checks import check_images, check_positive_int, take_options
+from ib_explain.hooks import frozen, host_device, run_host
+from ib_explain.methods.base import METHODS, Call
+from ib_explain.progress import Progress
+from ib_explain.targets import Target, resolve_target, spread_target
+
+__all__ = ["as_maps", "attribute", "available_methods", "method_runner"]
+
+
+def attribute(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    target: Target = None,
+    method: Any = "ib",
+    layer: str | nn.Module | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    show_progress: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Maps that tell where the evidence for a class is.
+
+    Args:
+        model: any nn.Module that maps (B, 3, H, W) to (B, K) logits; handed back exactly as it came.
+        x: normalised images (B, 3, H, W) on the model's device.
+        target: None for the model's own top-1, an int, a list or a 1-D integer tensor.
+        method: a name from `available_methods()`, a fitted `IBAttention`, an object with Captum's
+            `attribute(inputs, target=...)`, or a function f(model, x, target) -> (B, 1, H, W) or (B, H, W), or
+            (B, C, H, W), whose channels are summed.
+        layer: where the method looks; None for its own default.
+        batch_size: images at a time; the maps do not depend on it.
+        seed: of everything random in the method.
+        show_progress: show how many images are done.
+        **options: the chosen method's own; an unknown one is a TypeError that lists them.
+
+    Returns:
+        (B, 1, H, W) float32, detached, on x's device. For the default method non-negative, in bits.
+
+    Raises:
+        TypeError, ValueError, IndexError: in one line, what was expected and what came.
+    """
+    check_images(x, device=host_device(model) if isinstance(model, nn.Module) else None)
+    run = method_runner(method, options)
+    size = len(x) if batch_size is None else check_positive_int(batch_size, "batch_size")
+    with frozen(model) as host, Progress(len(x), "attribute", show=show_progress) as progress:
+        if target is not None:  # checked before anything is computed, by methods of one pass within that pass
+            target = spread_target(target, len(x)).to(x.device)
+            if not getattr(method if hasattr(method, "attribute") else run, "resolves_target", False):
+                with torch.no_grad():
+                    classes = run_host(host, x[:1]).shape[1]
+                target = resolve_target(target, x.new_zeros(len(x), classes))
+        maps = []
+        for start in range(0, len(x), size):
+            part = x[start : start + size]
+            chosen = None if target is None else target[start : start + size]
+            maps.append(as_maps(run(Call(host, part, chosen, layer, seed, batch_size)), part))
+            progress.step(len(part))
+    return torch.cat(maps)
+
+
+def available_methods() -> dict[str, str]:
+    """Every registered method with one line about it."""
+    import ib_explain.methods  # noqa: F401 - fills the registry
+
+    return METHODS.summaries()
+
+
+def method_runner(method: Any, options: dict[str, Any]) -> Callable[[Call], Any]:
+    """Turn whatever the user wants to compare into a function of a `Call`."""
+    import ib_explain.methods  # noqa: F401 - fills the registry
+
+    if isinstance(method, str):
+        entry = METHODS.get(method)
+        known = [f.name for f in fields(entry)] if is_dataclass(entry) else []
+        return entry(**take_options(options, known, f"method {method!r}"))
+    if is_dataclass(method) and not isinstance(method, type):
+        take_options(options, [], f"the given {type(method).__name__}")
+        return method  # type: ignore[return-value]
+    if hasattr(method, "attribute"):
+        take = method.attribute
+        known = sorted(_keywords(take) - {"inputs", "target"})
+        chosen = take_options(options, known, f"{type(method).__name__}.attribute")
+        if getattr(method, "resolves_target", False):  # ours: None is the top-1, found in the same pass
+            return lambda call: take(call.x, target=call.target, **chosen)
+        return lambda call: take(call.x, target=call.classes(), **chosen)
+    if callable(method):
+        take_options(options, [], "a function")
+        return lambda call: method(call.model, call.x, call.classes())
+    raise TypeError(
+        "method must be a name, a fitted IBAttention, an object with attribute(inputs, target=...) or a function "
+        f"f(model, x, target), got {type(method).__name__}"
+    )
+
+
+def _keywords(function: Callable[..., Any]) -> set[str]:
+    import inspect
+
+    return {
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+
+
+def as_maps(maps: Any, x: Tensor) -> Tensor:
+    """Check a method's answer and bring it to (B, 1, H, W) float32 on x's device."""
+    if isinstance(maps, tuple) and len(maps) == 1:
+        maps = maps[0]
+    if isinstance(maps, np.ndarray):
+        maps = torch.from_numpy(maps)
+    if not isinstance(maps, Tensor):
+        raise TypeError(f"the method must return a tensor (B, 1, H, W), got {type(maps).__name__}")
+    if maps.ndim == 3:
+        maps = maps[:, None]
+    if maps.ndim != 4 or maps.shape[0] != x.shape[0]:
+        raise ValueError(f"the method must return one map for each of the {len(x)} images, got {tuple(maps.shape)}")
+    maps = maps.detach().to(x.device, torch.float32).sum(dim=1, keepdim=True)
+    if maps.shape[2:] != x.shape[2:]:
+        from ib_explain.maps import resize
+
+        maps = resize(maps, (int(x.shape[2]), int(x.shape[3])))
+    return maps

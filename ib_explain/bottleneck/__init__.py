@@ -1,0 +1,1 @@
+"""The bottleneck: information, gates, anchors, attention network, and the module that joins them."""

@@ -1,0 +1,103 @@
+"""The attention network: what a clean pass showed -> mean and standard deviation of A at every position.
+
+About 64 channels of 1x1 and 3x3 convolutions on the site's grid. It reads the site's normalised features, deeper
+features of the same pass, and either the target's gradient with the class evidence that follows from it, or, without a
+gradient, a query made from the classifier's row of the target class.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["AttentionNetwork", "class_evidence", "unit_scale"]
+
+WIDTH = 64
+START = 1.0  # logit of the attention before training: open at .73, so that the first predictions are nearly the host's
+
+
+class AttentionNetwork(nn.Module):
+    """Evidence on a grid -> attention, a Gaussian per position.
+
+    Args:
+        channels: C of the site.
+        deep_channels: C' of each deeper layer that is read.
+        gradient: reads the target's gradient; otherwise a query of the class.
+        query_width: length of the class query, 0 with `gradient`.
+    """
+
+    def __init__(self, channels: int, deep_channels: list[int], *, gradient: bool, query_width: int) -> None:
+        super().__init__()
+        self.site = nn.Conv2d(channels, WIDTH, 1)
+        self.deep = nn.ModuleList(nn.Conv2d(c, WIDTH, 1, bias=False) for c in deep_channels)
+        self.gradient = nn.Conv2d(channels, WIDTH, 1, bias=False) if gradient else None
+        self.query = None if gradient else nn.Linear(query_width, 2 * WIDTH)
+        evidence = 2 + 2 * len(deep_channels) if gradient else 1 + len(deep_channels)
+        self.evidence = nn.Conv2d(evidence, WIDTH, 1, bias=False)
+        self.near = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, padding_mode="replicate")
+        self.far = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, padding_mode="replicate")
+        self.head = nn.Conv2d(WIDTH, 2, 1)
+        nn.init.normal_(self.head.weight, std=0.02)
+        self.head.bias = nn.Parameter(torch.tensor([START, -3.0]))
+
+    def forward(
+        self,
+        features: Tensor,
+        deep: list[Tensor],
+        gradient: Tensor | None,
+        deep_gradients: list[Tensor],
+        query: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of A, each (B, 1, h, w).
+
+        Args:
+            features: normalised site features, (B, C, h, w).
+            deep: normalised deeper features, each (B, C', h', w').
+            gradient: of the target's log-odds with respect to `features`, (B, C, h, w).
+            deep_gradients: the same with respect to `deep`.
+            query: of the target class, (B, Q).
+        """
+        grid = features.shape[-2:]
+        hidden = self.site(features)
+        read = [conv(d) for conv, d in zip(self.deep, deep, strict=True)]
+        for part in read:
+            hidden = hidden + _onto(part, grid)
+        if self.gradient is not None and gradient is not None:
+            hidden = hidden + self.gradient(unit_scale(gradient))
+            pairs = [(features, gradient), *zip(deep, deep_gradients, strict=True)]
+            evidence = [_onto(class_evidence(f, g), grid) for f, g in pairs]
+        elif self.query is not None and query is not None:
+            weight, shift = self.query(query)[:, :, None, None].chunk(2, dim=1)  # each (B, WIDTH, 1, 1)
+            evidence = [unit_scale(_onto((weight * part).mean(dim=1, keepdim=True), grid)) for part in (hidden, *read)]
+            hidden = hidden * (1 + weight) + shift
+        else:
+            raise ValueError("the attention network needs the target's gradient or a query of the class, got neither")
+        hidden = F.gelu(hidden + self.evidence(torch.cat(evidence, dim=1)))
+        hidden = hidden + F.gelu(self.near(hidden))
+        hidden = hidden + F.gelu(self.far(hidden))
+        logit, spread = self.head(hidden).chunk(2, dim=1)
+        return logit.sigmoid(), F.softplus(spread)
+
+
+def unit_scale(values: Tensor) -> Tensor:
+    """Divide each image's values by their root mean square: only the pattern counts, not the scale of logits."""
+    scale = values.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    return values / scale.clamp_min(1e-12)
+
+
+def class_evidence(features: Tensor, gradient: Tensor) -> Tensor:
+    """Two maps of evidence for the class, each at unit scale: (B, C, h, w) twice -> (B, 2, h, w).
+
+    The sum over channels of gradient * features (HiResCAM, Draelos and Carin 2020, arXiv 2011.08891), and of the
+    gradient's spatial mean * features (Grad-CAM without the ReLU, Selvaraju et al. 2017, arXiv 1610.02391).
+    """
+    local = (gradient * features).sum(dim=1, keepdim=True)
+    pooled = (gradient.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1, keepdim=True)
+    return torch.cat([unit_scale(local), unit_scale(pooled)], dim=1)
+
+
+def _onto(values: Tensor, grid: torch.Size) -> Tensor:
+    if values.shape[-2:] == grid:
+        return values
+    return F.interpolate(values, size=tuple(grid), mode="bilinear", align_corners=False)

@@ -1,0 +1,115 @@
+"""Errors at the door: what was expected, what came, the nearest name. One line each.
+
+Every public entry checks its arguments with these, so the same mistake reads the same everywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_images", "check_maps", "check_positive_int", "did_you_mean", "take_options"]
+
+
+def did_you_mean(name: str, known: Iterable[str], *, limit: int = 12) -> str:
+    """Return "; did you mean 'x'? known: ..." for an error about an unknown `name`."""
+    known = list(known)
+    lowered = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)
+    squashed = name.lower().replace("_", "").replace("-", "")
+    near = [k for k in lowered if k.replace("_", "") == squashed] or near
+    hint = f"; did you mean {' or '.join(repr(lowered[n]) for n in near)}?" if near else ""
+    shown = ", ".join(known[:limit]) + (f", ... ({len(known)} in all)" if len(known) > limit else "")
+    return f"{hint} known: {shown}" if hint else f"; known: {shown}"
+
+
+def check_images(x: Any, *, channels: int | None = None, device: torch.device | None = None, name: str = "x") -> Tensor:
+    """Check a batch of normalised float images and return it unchanged.
+
+    Args:
+        x: expected (B, C, H, W), floating point, finite, B >= 1.
+        channels: expected C, if known.
+        device: where the host's parameters live; the images must be there too.
+        name: what the error calls the argument.
+
+    Raises:
+        TypeError: not a tensor, or not floating point.
+        ValueError: wrong number of axes, empty, NaN or infinite, wrong C, other device, made under inference_mode.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of shape (B, C, H, W), got {type(x).__name__}")
+    if x.ndim != 4:
+        hint = f"; add a batch axis: {name}[None]" if x.ndim == 3 else ""
+        raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(x.shape)}{hint}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be normalised floating-point images, got {x.dtype}")
+    if x.numel() == 0:
+        raise ValueError(f"{name} must hold at least one image, got shape {tuple(x.shape)}")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"{name} must have {channels} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} is on {x.device} but the model is on {device}; move it with {name}.to('{device}')")
+    if x.is_inference():
+        raise ValueError(
+            f"{name} was made under torch.inference_mode() and cannot be differentiated; pass {name}.clone()"
+        )
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values")
+    return x
+
+
+def check_maps(
+    maps: Any, *, size: tuple[int, int] | None = None, batch: int | None = None, finite: bool = True
+) -> Tensor:
+    """Check maps of shape (B, 1, H, W) or (B, H, W) and return them as (B, H, W) float32.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: other axes, other batch or size than expected, NaN or infinite (unless `finite` is False).
+    """
+    if not isinstance(maps, Tensor):
+        raise TypeError(f"maps must be a torch.Tensor of shape (B, 1, H, W) or (B, H, W), got {type(maps).__name__}")
+    if maps.ndim == 4 and maps.shape[1] == 1:
+        maps = maps[:, 0]
+    if maps.ndim != 3 or maps.numel() == 0:
+        raise ValueError(f"maps must have shape (B, 1, H, W) or (B, H, W), got {tuple(maps.shape)}")
+    if not maps.is_floating_point():
+        raise TypeError(f"maps must be floating point, got {maps.dtype}")
+    if batch is not None and maps.shape[0] != batch:
+        raise ValueError(f"maps must hold one map for each of the {batch} images, got {maps.shape[0]}")
+    if size is not None and tuple(maps.shape[1:]) != tuple(size):
+        raise ValueError(f"maps must have the images' size {tuple(size)}, got {tuple(maps.shape[1:])}")
+    if finite:
+        bad = int((~torch.isfinite(maps)).sum())
+        if bad:
+            raise ValueError(f"maps must be finite, got {bad} NaN or infinite values")
+    return maps.detach().float()
+
+
+def check_positive_int(value: Any, name: str) -> int:
+    """Return `value` as an int >= 1, or say what came instead (bool is refused)."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer >= 1, got {value!r}")
+    number = value.__index__()
+    if number < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {number}")
+    return number
+
+
+def take_options(options: Mapping[str, Any], known: Iterable[str], owner: str) -> dict[str, Any]:
+    """Refuse an option that `owner` does not have; return the options as a dict.
+
+    Raises:
+        TypeError: naming the unknown option, the nearest known one and all that exist.
+    """
+    known = list(known)
+    for name in options:
+        if name not in known:
+            listed = did_you_mean(name, known) if known else "; it has no options"
+            raise TypeError(f"{owner} has no option {name!r}{listed}")
+    return dict(options)

@@ -1,0 +1,268 @@
+"""The command `ib-explain`: parsing, and what errors look like. What the commands do is in `commands`.
+
+Exit codes: 0 done, 2 the user's mistake (one line on standard error), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+__all__ = ["main"]
+
+DONE, FAILED, MISTAKE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "images") and not any(word.startswith("-") for word in rest):
+        args.images += map(
+            Path, rest
+        )  # argparse takes one run of positional words; here they may stand between options
+    elif rest:
+        return _say(f"unknown arguments: {' '.join(rest)}; see `ib-explain {args.command} --help`", MISTAKE)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            return int(importlib.import_module(f"ib_explain.commands.{args.command}").run(args))
+        except KeyboardInterrupt:
+            return _say("interrupted", FAILED)
+        except BrokenPipeError:  # `ib-explain layers ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
+        except ConnectionError as error:
+            return _say(str(error), FAILED)
+        except Exception as error:
+            line = _mistake(error)
+            if line is None:
+                raise
+            return _say(line, MISTAKE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ib-explain",
+        description="Where does a timm image classifier take its evidence from, in bits?",
+        epilog="examples:\n"
+        "  ib-explain demo\n"
+        "  ib-explain layers resnet50\n"
+        "  ib-explain fit resnet50 --pretrained --data imagenet --split train --out resnet50-ib\n"
+        "  ib-explain attribute resnet50 --pretrained --bottleneck resnet50-ib photos/ cat.jpg --out maps\n"
+        "  ib-explain benchmark resnet50 --pretrained --bottleneck resnet50-ib --data imagenet --split val\n",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    demo = commands.add_parser(
+        "demo",
+        help="the whole path on pictures with known evidence; offline, about a minute",
+        description="Fit a bottleneck on a small shipped classifier of synthetic pictures, draw maps, and measure "
+        "whether they find the evidence, beside Grad-CAM and a centred Gaussian. Needs no data and no network.",
+        epilog="example:\n  ib-explain demo --out ib-demo\n",
+    )
+    _out(demo, "folder of the results", "ib-demo")
+    demo.add_argument("--overwrite", action="store_true", help="replace the results of an earlier demo")
+    _compute(demo, batch_size=None)
+
+    layers = commands.add_parser(
+        "layers",
+        help="where a bottleneck can sit in a model, and how well each layer cuts",
+        description="Probe the layers of a model: how the output is laid out, its grid, channels, depth (share of the "
+        "model that has run), leak (share of the response that flows around the grid; 0 %% is a perfect cut) and "
+        "effect (share that the grid alone carries).",
+        epilog="examples:\n  ib-explain layers vit_small_patch16_224\n"
+        "  ib-explain layers resnet18 --input-size 128 --out sites.csv\n",
+    )
+    _host(layers)
+    _compute(layers, batch_size=None)
+    layers.add_argument("--out", type=Path, metavar="FILE", help="write the table as CSV, too")
+    layers.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
+
+    fit = commands.add_parser(
+        "fit",
+        help="fit a bottleneck to a model, once, on training images",
+        description="Train the bottleneck's attention on images, the model stays as it is; save it as a folder. Runs "
+        "under `torchrun` or `accelerate launch -m ib_explain.cli fit ...` as well.",
+        epilog="examples:\n"
+        "  ib-explain fit resnet50 --pretrained --data imagenet --split train --out resnet50-ib\n"
+        "  ib-explain fit resnet18 --checkpoint flowers.safetensors --num-classes 102 --data flowers.tar\n",
+    )
+    _host(fit)
+    _data(fit)
+    _compute(fit, batch_size=64)
+    fit.add_argument("--steps", type=_positive, metavar="N", help="optimiser steps (default: 12,800 images' worth)")
+    fit.add_argument("--gate", default="gaussian", metavar="NAME", help="gaussian, noise or residual (gaussian)")
+    fit.add_argument("--reads", default="gradient", metavar="WHAT", help="gradient or features (gradient)")
+    fit.add_argument("--anchors", type=_natural, default=0, metavar="N", help="learnable levels of attention (0: none)")
+    fit.add_argument("--objective", default="prediction", metavar="WHAT", help="prediction or label (prediction)")
+    fit.add_argument("--precision", metavar="TYPE", help="fp32, bf16 or fp16 (the launcher's, else fp32)")
+    _out(fit, "folder of the bottleneck", "MODEL-ib")
+    again = fit.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue an interrupted fit")
+    again.add_argument("--overwrite", action="store_true", help="replace a bottleneck of that name")
+
+    attribute = commands.add_parser(
+        "attribute",
+        help="maps of images: a picture and the raw numbers of each",
+        description="Draw where the evidence for a class is. With --bottleneck about one forward pass an image; "
+        "without it, the attention is optimised for each image. The same command continues an interrupted run.",
+        epilog="examples:\n"
+        "  ib-explain attribute resnet50 --pretrained cat.jpg holiday/ --out maps\n"
+        "  ib-explain attribute resnet50 --pretrained --bottleneck resnet50-ib --refine 10 cat.jpg --target 281\n"
+        "  ib-explain attribute resnet50 --pretrained --data imagenet --split val --limit 1000\n",
+    )
+    _host(attribute)
+    attribute.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="files, or folders with all below")
+    _data(attribute)
+    attribute.add_argument("--limit", type=_positive, metavar="N", help="the first N images alone")
+    attribute.add_argument("--bottleneck", type=Path, metavar="FOLDER", help="a fitted bottleneck, from `fit`")
+    attribute.add_argument("--target", type=int, metavar="CLASS", help="class index (default: the model's top-1)")
+    attribute.add_argument("--method", default="ib", metavar="NAME", help="any method (ib)")
+    attribute.add_argument(
+        "--refine", type=_natural, default=0, metavar="K", help="per-image steps on top of a fitted bottleneck (0)"
+    )
+    _compute(attribute, batch_size=32)
+    _out(attribute, "folder of the maps", "MODEL-maps")
+    attribute.add_argument("--overwrite", action="store_true", help="replace the maps of another command")
+
+    benchmark = commands.add_parser(
+        "benchmark",
+        help="compare methods by metrics: a leaderboard and one page that explains it",
+        description="Score the maps of several methods on the same images and classes; means with intervals, paired "
+        "differences, ranks, curves, pictures. The same command continues an interrupted run, with the same numbers. "
+        "Runs under `torchrun` or `accelerate launch -m ib_explain.cli benchmark ...` as well.",
+        epilog="examples:\n"
+        "  ib-explain benchmark resnet50 --pretrained --data imagenet --split val --images 500 --out leaderboard\n"
+        "  ib-explain benchmark resnet50 --pretrained --bottleneck resnet50-ib --data photos --boxes boxes.csv \\\n"
+        "    --methods ib,grad_cam,score_cam --metrics insertion,deletion,energy_inside,time\n"
+        "  ib-explain benchmark resnet50 --pretrained --gaze etocvd --metrics nss,cc\n",
+    )
+    _host(benchmark)
+    _data(benchmark)
+    benchmark.add_argument("--boxes", type=Path, metavar="CSV", help="boxes of the data: file,xmin,ymin,xmax,ymax")
+    benchmark.add_argument("--gaze", type=Path, metavar="FOLDER", help="instead of --data: images with human gaze")
+    benchmark.add_argument(
+        "--images", type=_positive, dest="count", metavar="N", help="N of the images, evenly over the data (all)"
+    )
+    benchmark.add_argument("--methods", metavar="A,B", help="names, or all (seven quick ones)")
+    benchmark.add_argument("--metrics", metavar="A,B", help="names, or all that the data allows (a few of each kind)")
+    benchmark.add_argument("--bottleneck", type=Path, metavar="FOLDER", help="a fitted one takes part as `ib_fitted`")
+    benchmark.add_argument("--reference", default="grad_cam", metavar="NAME", help="what others are held against")
+    benchmark.add_argument("--target", default="prediction", metavar="WHAT", help="explain prediction or label")
+    _compute(benchmark, batch_size=32)
+    _out(benchmark, "folder of the results", "MODEL-benchmark")
+    return parser
+
+
+def _host(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="timm's name of the model, or hf-hub:OWNER/NAME")
+    group = parser.add_argument_group("model")
+    group.add_argument("--pretrained", action="store_true", help="timm's weights")
+    group.add_argument("--checkpoint", type=Path, metavar="FILE", help="your weights, a state dict as timm saves it")
+    group.add_argument("--num-classes", type=_positive, metavar="N", help="number of classes, if not the model's own")
+    group.add_argument("--input-size", type=_size, metavar="N|HxW", help="size of the input, if not the model's own")
+    group.add_argument("--layer", metavar="NAME", help="dotted name of a layer (the default layer)")
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", type=Path, metavar="ROOT", help="folder of class folders, of images, or a tar file")
+    group.add_argument("--split", metavar="NAME", help='folder or tar file in ROOT, such as "train" or "val"')
+    group.add_argument("--dataset", default="", metavar="NAME", help='data by timm\'s name, such as "hfds/..."')
+    group.add_argument("--workers", type=_natural, default=2, metavar="N", help="processes that read images (2)")
+
+
+def _compute(parser: argparse.ArgumentParser, *, batch_size: int | None) -> None:
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of everything random (0)")
+    if batch_size is not None:
+        parser.add_argument(
+            "--batch-size", type=_positive, default=batch_size, metavar="N", help=f"images at a time ({batch_size})"
+        )
+
+
+def _out(parser: argparse.ArgumentParser, what: str, default: str) -> None:
+    fixed = None if default.startswith("MODEL") else Path(default)
+    parser.add_argument("--out", type=Path, default=fixed, metavar="DIR", help=f"{what} ({default})")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer >= 0, got {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"must be a side such as 224 or HxW such as 192x256, got {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line; help texts keep their examples' line breaks; no guessing at abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        if self.description:
+            import textwrap
+
+            self.description = textwrap.fill(self.description, 100)
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(_say(f"{message}; see `{self.prog} --help`", MISTAKE))
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_args: Any) -> NoReturn:
+        from ib_explain import __version__
+
+        print(f"ib-explain {__version__}")
+        raise SystemExit(DONE)
+
+
+def _say(line: str, code: int) -> int:
+    print(f"ib-explain: {line}", file=sys.stderr)
+    return code
+
+
+def _show_warning(message: Warning | str, *_where: Any, **_more: Any) -> None:
+    print(f"ib-explain: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _mistake(error: Exception) -> str | None:
+    """The line for the user, or None for an error that is none of theirs.
+
+    This package checks what it is given and raises these types with one line; the same types from deeper inside (torch,
+    timm) are failures, whose traceback is needed. Errors about files are about the files that the user named.
+    """
+    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError):
+        return f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    text = str(error).strip()
+    if "DataLoader worker process" in text:  # torch puts the traceback of the worker into the message
+        text, raised_in = text.splitlines()[-1].partition(": ")[2], text
+    else:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    ours = str(Path(__file__).parent)
+    if not isinstance(error, ValueError | TypeError | IndexError) or ours not in raised_in:
+        return None
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,121 @@
+"""`ib-explain benchmark MODEL`: compare methods by metrics; a table, figures and one page."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from ib_explain.benchmark import benchmark
+from ib_explain.commands.common import check_data, load_with_size, note, plain_name, preprocess_for
+from ib_explain.data.boxes import BoxImages, read_boxes
+from ib_explain.data.gaze import GazeImages
+from ib_explain.data.images import ImageFiles, LabelledImages, open_dataset
+from ib_explain.data.preprocessing import Preprocess
+from ib_explain.ib import IBAttention
+from ib_explain.io import read_folder
+from ib_explain.methods import METHODS
+from ib_explain.metrics import METRICS
+from ib_explain.samples import TRUTHS
+from ib_explain.sources import BATCH
+
+__all__ = ["run"]
+
+METHODS_BY_DEFAULT = ("ib", "grad_cam", "layer_cam", "br_npa", "integrated_gradients", "center_gaussian", "random")
+METRICS_BY_DEFAULT = ("insertion", "deletion", "degradation_8", "time")
+WITH_TRUTH = {
+    "masks": ("pointing_game", "energy_inside", "top_share"),
+    "fixations": ("nss", "auc", "auc_shuffled"),
+    "density": ("cc", "sim", "kld"),
+}
+FITTED = "ib_fitted"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what is not measured yet, write everything, and say how the methods stand."""
+    truths = ("masks",) if args.boxes else ("fixations", "density") if args.gaze else ()
+    methods = _named(args.methods, METHODS, METHODS_BY_DEFAULT)
+    by_default = [*METRICS_BY_DEFAULT, *(name for truth in truths for name in WITH_TRUTH[truth])]
+    metrics = _named(args.metrics, METRICS, by_default, lacking=set(TRUTHS) - set(truths))
+    _check(args)
+    fitted_size = None
+    if args.bottleneck is not None:
+        channels, height, width = read_folder(args.bottleneck)[1]["input_size"]
+        fitted_size = channels, height, width
+    host, size = load_with_size(args, fitted_size)
+    contenders: dict[str, Any] = {}
+    if args.bottleneck is not None:
+        contenders[FITTED] = IBAttention.load(args.bottleneck, host)
+    contenders |= {name: name for name in methods}
+    data = _data(args, preprocess_for(host, size))
+    out = args.out or Path(f"{plain_name(args.model)}-benchmark")
+    board = benchmark(
+        host,
+        DataLoader(data, BATCH, num_workers=args.workers, collate_fn=getattr(data, "collate", None)),
+        methods=contenders,
+        metrics=metrics,
+        images=args.count,
+        out=out,
+        reference=args.reference,
+        target=args.target,
+        layer=args.layer,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        data_name=_data_name(args),
+    )
+    if board.store.rank == 0:
+        print(board)
+        print(f"in {out}: report.html, summary.md, summary.csv, summary.json, rows.csv, figures")
+    return 0
+
+
+def _named(given: str | None, registry: Any, by_default: Any, lacking: set[str] | None = None) -> list[str]:
+    """The names that an option lists; "all" are all that the data allows."""
+    if given is None:
+        return list(by_default)
+    names = [name for name in (word.strip() for word in given.split(",")) if name]
+    if names == ["all"]:
+        return [name for name in registry if not _lacks(registry.get(name), lacking or set())]
+    for name in names:
+        registry.get(name)
+    return list(dict.fromkeys(names))
+
+
+def _lacks(entry: Any, lacking: set[str]) -> bool:
+    needs = set(getattr(entry, "needs", ()))
+    return bool(needs & lacking) or ("other" in needs and "fixations" in lacking)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if (args.gaze is not None) == (args.data is not None or bool(args.dataset)):
+        came = "both" if args.gaze else "neither"
+        raise ValueError(f"benchmark needs images: --data ROOT (or --dataset NAME), or --gaze FOLDER; got {came}")
+    if args.gaze is not None and args.boxes is not None:
+        raise ValueError("--boxes go with --data, not with --gaze")
+    check_data(args)
+    if args.boxes is not None and not args.boxes.is_file():
+        raise ValueError(f"no such table of boxes: {args.boxes}")
+
+
+def _data(args: argparse.Namespace, preprocess: Preprocess) -> Any:
+    if args.gaze is not None:
+        gaze = GazeImages(args.gaze, preprocess)
+        if gaze.dropped_share > 0:
+            note(f"the model's crop loses {gaze.dropped_share:.1%} of the fixations")
+        return gaze
+    if args.boxes is None:
+        return open_dataset(args.data, args.split, preprocess, name=args.dataset)
+    images = open_dataset(args.data, args.split, name=args.dataset)
+    if not isinstance(images, ImageFiles | LabelledImages):
+        raise ValueError(f"a {type(images).__name__} has no names of images, by which boxes are found; name a folder")
+    with args.boxes.open(newline="", encoding="utf-8") as stream:
+        columns = next(csv.reader(stream), [])
+    return BoxImages(images, read_boxes(args.boxes, args.split if "split" in columns else None), preprocess)
+
+
+def _data_name(args: argparse.Namespace) -> str:
+    parts = [args.dataset or (args.gaze or args.data).name, args.split]
+    return " ".join(str(part) for part in parts if part)

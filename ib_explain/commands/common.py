@@ -1,0 +1,96 @@
+"""What several commands share: the host and its input size from the options, the data, words on the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ib_explain.data.preprocessing import Preprocess, preprocess
+from ib_explain.hooks import host_device, run_host
+from ib_explain.hosts import load_host
+from ib_explain.sites import input_size_of
+
+__all__ = [
+    "check_data",
+    "class_folders",
+    "has_timm_weights",
+    "load_with_size",
+    "note",
+    "plain_name",
+    "preprocess_for",
+    "times",
+]
+
+
+def load_with_size(
+    args: argparse.Namespace, fitted_size: tuple[int, int, int] | None = None
+) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The host that the options name, and the (3, H, W) it is to see: as asked, as fitted, or its own.
+
+    Raises:
+        ValueError: as `load_host`; or the host refuses inputs of that size, or is no image classifier.
+    """
+    wanted = args.input_size or (fitted_size[1:] if fitted_size else None)
+    host = load_host(
+        args.model,
+        pretrained=args.pretrained,
+        checkpoint=args.checkpoint,
+        num_classes=args.num_classes,
+        input_size=wanted,
+        device=args.device,
+    )
+    if not has_timm_weights(args) and args.checkpoint is None:
+        note(f"warning: {args.model} has random weights; give --pretrained or --checkpoint FILE")
+    size = (3, *wanted) if wanted else input_size_of(host)
+    try:
+        with torch.no_grad():
+            run_host(host, torch.zeros(1, *size, device=host_device(host)))
+    except Exception as error:  # whatever a model raises at its input
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{args.model} does not take inputs of {times(size)}: {reason}") from error
+    return host, size
+
+
+def has_timm_weights(args: argparse.Namespace) -> bool:
+    """Whether the weights are those that the name stands for."""
+    return args.checkpoint is None and (args.pretrained or ":" in args.model)
+
+
+def preprocess_for(host: nn.Module, size: tuple[int, int, int]) -> Preprocess:
+    """The host's preprocessing at this input size."""
+    return preprocess(host, size=(size[1], size[2]))
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Fail before the host is loaded if the data cannot be there."""
+    if args.data is not None and not args.dataset and not args.data.exists():
+        raise ValueError(f"no such folder or tar file: {args.data}")
+
+
+def class_folders(data: Any) -> list[str] | None:
+    """Names of the data's class folders, in the order of their indices, or None where there are none."""
+    reader = getattr(data, "reader", None)
+    # timm's readers of folders and of tar files call it differently.
+    indices: dict[str, int] = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
+    return sorted(indices, key=lambda name: indices[name]) or None
+
+
+def times(sizes: Sequence[int]) -> str:
+    """(3, 224, 224) as 3x224x224."""
+    return "x".join(map(str, sizes))
+
+
+def plain_name(model: str) -> str:
+    """A model's name as part of a file name."""
+    return Path(model.replace(":", "/")).name
+
+
+def note(line: str) -> None:
+    """A line for people, on standard error."""
+    print(f"ib-explain: {line}", file=sys.stderr, flush=True)

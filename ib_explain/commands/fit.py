@@ -1,0 +1,92 @@
+"""`ib-explain fit MODEL`: fit a bottleneck on training images and save it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import time
+from pathlib import Path
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from ib_explain.commands.common import (
+    check_data,
+    class_folders,
+    load_with_size,
+    note,
+    plain_name,
+    preprocess_for,
+    times,
+)
+from ib_explain.data.images import open_dataset
+from ib_explain.ib import IBAttention
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fit, save, and say what came out. With several processes, the first one writes and speaks."""
+    out = args.out or Path(f"{plain_name(args.model)}-ib")
+    checkpoint = out.with_name(out.name + ".checkpoint")
+    _check_folders(out, checkpoint, resume=args.resume, overwrite=args.overwrite)
+    if args.data is None and not args.dataset:
+        raise ValueError("fit needs training images; give --data ROOT or --dataset NAME")
+    check_data(args)
+    host, size = load_with_size(args)
+    ib = IBAttention(host, args.layer, gate=args.gate, reads=args.reads, anchors=args.anchors, seed=args.seed)
+    data = open_dataset(args.data, args.split, preprocess_for(host, size), name=args.dataset)
+    sized = not isinstance(data, IterableDataset)
+    loader = DataLoader(
+        data,
+        args.batch_size,
+        shuffle=sized,
+        num_workers=args.workers,
+        drop_last=sized and len(data) >= args.batch_size,  # type: ignore[arg-type]
+    )
+    first = int(os.environ.get("RANK", "0")) == 0
+    started = time.monotonic()
+    try:
+        ib.fit(
+            loader,
+            steps=args.steps,
+            objective=args.objective,
+            precision=args.precision,
+            checkpoint=checkpoint,
+            resume=args.resume,
+        )
+    except KeyboardInterrupt:
+        if first and checkpoint.exists():
+            note(f"the same command with --resume continues from {checkpoint}")
+        raise
+    if first:
+        assert ib.record is not None
+        ib.record["class_folders"] = class_folders(data)  # `attribute` shows them as the names of the classes
+        ib.save(out)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        print(_findings(args.model, ib, out, time.monotonic() - started))
+    return 0
+
+
+def _check_folders(out: Path, checkpoint: Path, *, resume: bool, overwrite: bool) -> None:
+    if overwrite:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        return
+    if out.exists():
+        raise ValueError(f"{out} exists; name another --out or --overwrite")
+    if checkpoint.exists() and not resume:
+        raise ValueError(f"{checkpoint} is of an interrupted fit; --resume continues it, --overwrite starts again")
+    if resume and not checkpoint.exists():
+        raise ValueError(f"nothing to resume: there is no {checkpoint}")
+
+
+def _findings(model: str, ib: IBAttention, out: Path, seconds: float) -> str:
+    record, site = ib.record or {}, ib.site
+    return (
+        f"fitted {model} at {site.name!r}, a grid of {times(site.grid)} with {site.channels} channels, "
+        f"in {seconds:.0f} s\n"
+        f"{record['final_bits']:.0f} bits an image keep {record['final_agreement']:.1%} of the model's answers "
+        f"(mean of the last steps, training images)\n"
+        f"saved in {out}\n"
+        f"next: ib-explain attribute {model} ... --bottleneck {out} IMAGE"
+    )

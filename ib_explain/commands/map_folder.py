@@ -1,0 +1,125 @@
+"""The folder that `ib-explain attribute` fills: picture and raw map of each image, a table, and what made them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ib_explain.files import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["MapFolder", "plan_names"]
+
+RUN, TABLE = "run.json", "maps.csv"
+
+
+class MapFolder:
+    """NAME.png and NAME.npz for each image, `maps.csv` with a line an image, `run.json` with what made them.
+
+    An .npz holds `map` (H, W) float32 at the host's input resolution and the facts about it: `image` (its path),
+    `unit`, `bits` (the map's sum; NaN where the unit is another), `target` (class index), `target_name` ("" if
+    unknown), `probability` of that class, `label` (-1 if unknown).
+
+    Args:
+        path: of the folder; made with the first map.
+        command: what decides the maps, JSON values. A folder that the same command made is continued.
+        overwrite: remove the maps of another command, and replace files of the same names.
+
+    Raises:
+        ValueError: the folder holds the maps of another command, or other files, and `overwrite` is off.
+    """
+
+    def __init__(self, path: str | Path, command: dict[str, Any], *, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; --out must name a folder")
+        before = self._command()
+        if overwrite and before is not None:
+            self._remove_maps()
+        elif not overwrite and before is not None and before != command:
+            changed = [key for key in {**before, **command} if before.get(key) != command.get(key)]
+            what = ", ".join(f"{key} {before.get(key)}, now {command.get(key)}" for key in changed[:3])
+            raise ValueError(f"{self.path} holds maps of another command ({what}); name another --out or --overwrite")
+        elif not overwrite and before is None and self.path.is_dir() and any(self.path.iterdir()):
+            raise ValueError(f"{self.path} holds other files; name another --out, or --overwrite to write among them")
+        self.command = command
+
+    def holds(self, name: str) -> bool:
+        """Whether this image is done."""
+        return self._raw(name).is_file() and self._picture(name).is_file()
+
+    def add(self, name: str, heat: Tensor, facts: dict[str, Any], figure: Figure) -> None:
+        """Write one image's picture and its raw map (1, H, W); with the first one, what made them."""
+        if self._command() != self.command:
+            with replace_file(self.path / RUN) as file:
+                file.write_text(json.dumps(self.command, indent=2) + "\n", encoding="utf-8")
+        with replace_file(self._picture(name)) as file:
+            figure.savefig(file)
+        with replace_file(self._raw(name)) as file:
+            np.savez_compressed(file, map=heat[0].cpu().numpy(), **facts)
+
+    def read(self, name: str) -> tuple[dict[str, Any], Tensor]:
+        """The facts and the map (1, H, W) of an image that is done."""
+        with np.load(self._raw(name)) as raw:
+            facts = {key: raw[key].item() for key in raw.files if key != "map"}
+            return facts, torch.from_numpy(raw["map"])[None]
+
+    def finish(self, names: Iterable[str]) -> list[dict[str, Any]]:
+        """Write the table over these images, if there are any, and return its rows."""
+        rows = [{"name": name, **self.read(name)[0]} for name in names]
+        if not rows:
+            return []
+        with replace_file(self.path / TABLE) as file, file.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        return rows
+
+    def _picture(self, name: str) -> Path:
+        return self.path / f"{name}.png"
+
+    def _raw(self, name: str) -> Path:
+        return self.path / f"{name}.npz"
+
+    def _command(self) -> dict[str, Any] | None:
+        """What made the maps that are there, or None if there are none of ours."""
+        try:
+            found = json.loads((self.path / RUN).read_text(encoding="utf-8"))
+        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def _remove_maps(self) -> None:
+        """Remove the pairs of picture and raw map; other files stay."""
+        for raw in self.path.rglob("*.npz"):
+            raw.with_suffix(".png").unlink(missing_ok=True)
+            raw.unlink()
+
+
+def plan_names(sources: Sequence[tuple[Path, Path]]) -> list[str]:
+    """A name for each image, unique and the same in every run with the same images.
+
+    The name is the path below the folder that was given, without suffix. Where several images would share it, the first
+    keeps it, the others get their suffix appended, then a number.
+
+    Args:
+        sources: (path, path below the folder that was given) of each image.
+    """
+    taken: dict[str, None] = {}  # an ordered set
+    for path, below in sources:
+        plain = below.with_suffix("").as_posix().replace("../", "").lstrip("/")
+        name, number = plain, 1
+        while name in taken:
+            name = f"{plain}-{path.suffix[1:]}" if number == 1 else f"{plain}-{number}"
+            number += 1
+        taken[name] = None
+    return list(taken)

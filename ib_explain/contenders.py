@@ -1,0 +1,204 @@
+"""Whatever a user wants to compare, as one kind of thing: a name, a unit, a description, and maps."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ib_explain.attribution import as_maps, method_runner
+from ib_explain.checks import check_maps
+from ib_explain.data.batches import seeded
+from ib_explain.hooks import frozen, module_name, unwrap
+from ib_explain.ib import IBAttention
+from ib_explain.methods import METHODS
+from ib_explain.methods.base import Call, NotApplicable
+
+__all__ = ["Contender", "check_host", "contenders_of"]
+
+
+class _AnyLayer(Call):
+    """A call whose layer is meant for all methods of a benchmark: those that look at the input alone let it pass."""
+
+    def refuse_layer(self, name: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method that takes part in a comparison."""
+
+    name: str
+    unit: str
+    """Of its maps; one that is nobody else's where the method does not tell."""
+    facts: Mapping[str, Any]
+    """What decides its maps, for run.json."""
+    run: Callable[[Call], Any]
+    layer: str | nn.Module | None
+    """The one it was given in its own options."""
+    fitted_to: nn.Module | None
+    """The only host it can explain, or None for any."""
+
+    def explain(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        target: Tensor,
+        *,
+        layer: str | nn.Module | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """Maps (B, 1, H, W) float32 of these classes (B,), `batch_size` images at a time.
+
+        Random numbers that a function of the user's draws from the global generators follow from the seed, too.
+
+        Raises:
+            NotApplicable: the method says so, or belongs to another host.
+            Exception: whatever the method raises; ValueError for maps of another shape or with NaN.
+        """
+        if self.fitted_to is not None and unwrap(model) is not self.fitted_to:
+            raise NotApplicable(f"{self.name} was fitted to another model and cannot explain this one")
+        kind = _AnyLayer if self.layer is None else Call
+        chosen = layer if self.layer is None else self.layer
+        maps = []
+        with frozen(model) as host, seeded(seed):
+            for part, classes in zip(x.split(batch_size or len(x)), target.split(batch_size or len(x)), strict=True):
+                maps.append(as_maps(self.run(kind(host, part, classes, chosen, seed, batch_size)), part))
+        joined = torch.cat(maps)
+        check_maps(joined)  # NaN in a map is the method's failure
+        return joined
+
+
+def contenders_of(methods: Any, model: nn.Module) -> list[Contender]:
+    """Check what the user wants to compare and give each its name.
+
+    Args:
+        methods: an iterable, or a mapping of names, of: registered names, (name, options), `IBAttention`s, objects of
+            Captum's, functions f(model, x, target), dataclasses of registered methods. Options may hold `layer`.
+        model: the host.
+
+    Raises:
+        TypeError: something else, or an option that the method does not have.
+        ValueError: none at all, an unknown name, a name twice, an `IBAttention` of another host.
+    """
+    if isinstance(methods, str) or not isinstance(methods, Iterable):
+        came = f"the string {methods!r}; write [{methods!r}]" if isinstance(methods, str) else type(methods).__name__
+        raise TypeError(f"methods must be a list, or a dict by name, got {came}")
+    pairs = list(methods.items()) if isinstance(methods, Mapping) else [(None, method) for method in methods]
+    if not pairs:
+        raise ValueError("methods must hold at least one method, got none")
+    found: list[Contender] = []
+    for name, given in pairs:
+        contender = _contender(name, given, model)
+        if any(other.name == contender.name for other in found):
+            raise ValueError(f"two methods are called {contender.name!r}; tell them apart with a dict of names")
+        found.append(contender)
+    return found
+
+
+def check_host(method: Any, model: nn.Module) -> None:
+    """Refuse an `IBAttention` that belongs to another model.
+
+    Raises:
+        ValueError: it does.
+    """
+    if isinstance(method, IBAttention) and method.host is not unwrap(model):
+        raise ValueError(
+            f"the given IBAttention belongs to another {type(method.host).__name__}, not to this "
+            f"{type(unwrap(model)).__name__}; fit or load one for this very model, or pass the method's name, "
+            "which is optimised for whatever model comes"
+        )
+
+
+def _contender(name: Any, given: Any, model: nn.Module) -> Contender:
+    method, options = given, {}
+    if isinstance(given, tuple):
+        if len(given) != 2 or not isinstance(given[1], Mapping):
+            raise TypeError(f"a method with options must be (method, dict of options), got {given!r}")
+        method, options = given[0], dict(given[1])
+    layer = options.pop("layer", None)
+    if layer is not None and not isinstance(method, str) and not is_dataclass(method):
+        raise TypeError(f"only registered methods take a layer here, got one for {_called(method)}")
+    check_host(method, model)
+    run = method_runner(method, options)
+    facts = _facts(method, run, options, model)
+    label, told = _called(method), {key: value for key, value in options.items() if _is_short(value)}
+    if layer is not None:
+        facts["layer"] = told["layer"] = layer if isinstance(layer, str) else module_name(unwrap(model), layer)
+    if told:
+        label += f"({', '.join(f'{key}={value}' for key, value in told.items())})"
+    chosen = label if name is None else str(name)
+    unit = options.get("output", "bits") if isinstance(method, IBAttention) else getattr(run, "unit", None)
+    return Contender(
+        name=chosen,
+        unit=str(unit or f"own unit of {chosen}"),
+        facts=facts,
+        run=run,
+        layer=layer,
+        fitted_to=method.host if isinstance(method, IBAttention) else None,
+    )
+
+
+def _called(method: Any) -> str:
+    """The name of a method whose user gave it none."""
+    if isinstance(method, str):
+        return method
+    if isinstance(method, IBAttention):
+        return "ib_fitted" if method.fitted else "ib"
+    if isinstance(method, functools.partial):
+        return _called(method.func)
+    for name in METHODS:
+        if METHODS.get(name) is type(method):
+            return name
+    own = getattr(method, "__name__", type(method).__name__)
+    return "function" if own == "<lambda>" else str(own)
+
+
+def _facts(method: Any, run: Any, options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    if isinstance(method, IBAttention):
+        facts: dict[str, Any] = {"method": "IBAttention", "fitted": method.fitted, "gate": method.gate}
+        facts |= {"layer": method.layer_name, "reads": method.reads, "seed": method.seed}
+        if method.fitted:
+            state = method.bottleneck.state_dict()
+            facts["weights"] = _digest([*state.values()])
+        return facts | {key: _plain(value) for key, value in options.items()}
+    if is_dataclass(run) and not isinstance(run, type):  # a registered method, or one like it
+        held = {field.name: _plain(getattr(run, field.name)) for field in fields(run)}
+        return {"method": _called(run), **held}
+    kind = f"{type(method).__module__}.{type(method).__qualname__}"
+    if callable(method) and hasattr(method, "__qualname__"):
+        kind = f"{method.__module__}.{method.__qualname__}"
+    return {"method": kind, **{key: _plain(value) for key, value in options.items()}}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it; tensors by shape and digest, other objects by their type."""
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape), "digest": _digest([value])}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return str(value)
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _digest(tensors: Iterable[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        digest.update(torch.as_tensor(tensor).detach().cpu().contiguous().double().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str) and len(str(value)) <= 24 and "\n" not in str(value)

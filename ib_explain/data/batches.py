@@ -1,0 +1,117 @@
+"""Batches for fitting: any iterable of images, with or without labels, read epoch after epoch in a repeatable order."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ib_explain.data.images import images_of
+
+__all__ = ["Batches", "Share", "seeded"]
+
+
+class Share:
+    """Which batches are this process's: every `world`-th from `rank` on. Alone: rank 0 of 1."""
+
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.rank, self.world = rank, world
+
+
+class Batches:
+    """Reads `data` epoch after epoch; what the n-th step sees depends on the seed and n alone.
+
+    The order of a shuffling DataLoader and of random augmentations in its own process follows from the seed and the
+    epoch, so that a resumed run sees what an uninterrupted one would have seen. With several processes, step n takes
+    batch n * world + rank.
+
+    Args:
+        data: an iterable of batches that can be read again (a DataLoader, a list), or once (a generator).
+        seed: decides the order.
+        share: this process's part.
+    """
+
+    def __init__(self, data: Iterable[Any], seed: int, share: Share | None = None) -> None:
+        if isinstance(data, str | bytes | Tensor | dict) or not hasattr(data, "__iter__"):
+            raise TypeError(
+                f"data must be an iterable of batches, got {type(data).__name__}; pass a DataLoader or a list"
+            )
+        self.data, self.seed, self.share = data, seed, share or Share()
+        self._once = iter(data) if hasattr(data, "__next__") else None
+        self._size: tuple[int, ...] | None = None
+        self._kept: list[Any] = []  # what a one-time iterator gave to the statistics, for the training that follows
+
+    def __call__(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield (images, labels) without end, from this process's batch number `skip` on.
+
+        Raises:
+            ValueError: the data is empty, images change their size, or a one-time iterator has run out.
+        """
+        position, epoch = 0, 0
+        while True:
+            before = position
+            for images, labels in self._epoch(epoch):
+                position += 1
+                if position > skip:
+                    yield images, labels
+            if self._once is not None:
+                ended = f"data was a one-time iterator and ended after {position} batches"
+                raise ValueError(f"{ended}; pass a DataLoader or a list")
+            if position == before:
+                raise ValueError("data yielded no batch: an empty loader, or fewer batches than processes")
+            epoch += 1
+
+    def first(self, images: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield this process's batches of the first epoch until all processes together have seen `images` images.
+
+        What is read from a one-time iterator is kept and read again by the next call.
+
+        Raises:
+            ValueError: the data is empty.
+        """
+        seen = 0
+        for batch in self._epoch(0, keep=True):
+            seen += len(batch[0]) * self.share.world
+            yield batch
+            if seen >= images:
+                return
+        if not seen:
+            raise ValueError("data yielded no batch: an empty loader, or fewer batches than processes")
+
+    def _epoch(self, epoch: int, *, keep: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
+        group: list[Any] = []
+        with seeded(self.seed * 1_000_003 + epoch):
+            kept, self._kept = self._kept, []
+            for batch in self.data if self._once is None else itertools.chain(kept, self._once):
+                group.append(batch)
+                if keep and self._once is not None:
+                    self._kept.append(batch)
+                if len(group) == self.share.world:  # an incomplete last group would leave processes waiting
+                    images, labels = images_of(group[self.share.rank])
+                    size = tuple(images.shape[1:])
+                    if self._size not in (None, size):
+                        raise ValueError(f"images must be of one size, got {size} after {self._size}")
+                    self._size = size
+                    yield images, labels
+                    group = []
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's random numbers, and put their states back at the end."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - loaders use the old API
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.manual_seed(seed % 2**63)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])

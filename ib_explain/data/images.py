@@ -1,0 +1,219 @@
+"""Pictures from files, folders and timm's data sets, and what a loader's batch holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ib_explain.checks import check_images
+
+__all__ = [
+    "ImageFiles",
+    "LabelledImages",
+    "images_of",
+    "list_images",
+    "open_dataset",
+    "read_image",
+]
+
+Transform = Callable[[Image.Image], Any]
+
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read a picture as 8-bit RGB, turned upright as its EXIF orientation says.
+
+    Raises:
+        ValueError: the file is missing or no picture, it is cut short, or it has more than 8 bits a channel.
+    """
+    with _reading(path), Image.open(path) as image:
+        return _as_rgb(ImageOps.exif_transpose(image))
+
+
+def list_images(path: str | Path) -> list[Path]:
+    """The picture at `path`, or the pictures directly in the folder `path`, sorted by name.
+
+    Raises:
+        ValueError: nothing there, or a folder without pictures.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"no such image or folder: {path}")
+    found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in _SUFFIXES and entry.is_file())
+    if not found:
+        raise ValueError(f"no images in {path}; known suffixes: {', '.join(_SUFFIXES)}")
+    return found
+
+
+class ImageFiles(Dataset[Any]):
+    """Pictures without labels, turned upright; items are what `transform` makes of one."""
+
+    def __init__(self, files: Sequence[str | Path], transform: Transform | None = None) -> None:
+        self.files = [Path(file) for file in files]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        image, _ = self.load(index)
+        return self.transform(image) if self.transform else image
+
+    def load(self, index: int) -> tuple[Image.Image, int | None]:
+        """The picture itself, without the transform, and no label."""
+        return read_image(self.files[index]), None
+
+    def name(self, index: int) -> str:
+        """The file's name in its folder."""
+        return self.files[index].name
+
+
+class LabelledImages(Dataset[Any]):
+    """What a reader of timm's finds; items are (transformed picture, label), label -1 where there is none.
+
+    timm's own `ImageDataset` puts the next picture in the place of one that it cannot read, which would score the wrong
+    picture under this one's name; here that is an error. Pictures stay as they are stored (no EXIF turn), as in timm's
+    training and evaluation: boxes and fixations of the common data sets refer to the stored pixels.
+    """
+
+    def __init__(self, reader: Any, transform: Transform | None = None) -> None:
+        self.reader = reader
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.load(index)
+        return self.transform(image) if self.transform else image, -1 if label is None else label
+
+    def load(self, index: int) -> tuple[Image.Image, int | None]:
+        """The picture itself, without the transform, and its label."""
+        with _reading(f"number {index} of the data set"):
+            file, label, *_ = self.reader[index]
+        with _reading(self.name(index)), file, Image.open(file) as image:
+            return _as_rgb(image), None if label is None else int(label)
+
+    def name(self, index: int) -> str:
+        """The file's name below the root, or the member's name in the tar file."""
+        return str(self.reader.filename(index))
+
+
+def open_dataset(
+    root: str | Path | None, split: str | None = None, transform: Transform | None = None, *, name: str = ""
+) -> Dataset[Any]:
+    """Open pictures through `timm.data.create_dataset`.
+
+    Args:
+        root: a folder with one folder for each class, a tar file of such folders, or a folder of pictures, which then
+            come without labels (`ImageFiles`). Class indices are timm's: folder names in natural order.
+        split: "train", "val", ...: the folder or tar file of that name in `root` ("validation", "valid", "eval" also
+            find "val"). None reads `root` itself.
+        transform: from picture to input, `preprocess(model)`; None gives the pictures.
+        name: a data set by timm's name with its prefix ("hfds/...", "wds/...", "torch/cifar10"), for which `root` and
+            `split` are what timm takes them for.
+
+    Returns:
+        `LabelledImages` for folders, tar files and Hugging Face data sets, else what timm returns.
+
+    Raises:
+        ValueError: no such root or split, no pictures in it, or pictures beside class folders.
+    """
+    from timm.data import ImageDataset, create_dataset
+
+    if name:
+        dataset = create_dataset(name, None if root is None else str(root), split=split or "validation")
+    else:
+        place = _find_split(root, split)
+        try:
+            dataset = create_dataset("", str(place), search_split=False)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"no images in {place}: {error}") from None
+        classes = getattr(dataset.reader, "class_to_idx", {})
+        if set(classes) == {""}:
+            return ImageFiles(list_images(place), transform)
+        if "" in classes:
+            raise ValueError(f"{place} holds images beside class folders; their class is unclear")
+    if isinstance(dataset, ImageDataset):
+        return LabelledImages(dataset.reader, transform)
+    dataset.transform = transform
+    return dataset
+
+
+def images_of(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Return images (B, C, H, W) and labels (B,) int64, or None, from what a loader yields.
+
+    Args:
+        batch: a tensor of images, or a tuple or list whose first element are the images and whose second, if there is
+            one, are integer labels (anything behind it is left alone). Labels that are all negative mean that there are
+            none, as in timm.
+
+    Raises:
+        TypeError: anything else, such as a dict.
+        ValueError: images of another shape, labels of another shape or type, or some but not all of them negative.
+    """
+    if isinstance(batch, Tensor):
+        return check_images(batch, name="batch"), None
+    if not isinstance(batch, tuple | list) or not batch:
+        keys = f" with keys {', '.join(map(repr, batch))}" if isinstance(batch, dict) else ""
+        raise TypeError(f"a batch must be images or (images, labels), got {type(batch).__name__}{keys}")
+    images = check_images(batch[0], name="the batch's images")
+    if len(batch) == 1 or batch[1] is None:
+        return images, None
+    labels = batch[1]
+    if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.dtype not in _INTEGERS:
+        came = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"the batch's labels must be {len(images)} integers, one an image, got {came}")
+    missing = int((labels < 0).sum())
+    if missing and missing < len(labels):
+        raise ValueError(f"the batch's labels must be >= 0 or all missing, got {missing} negative of {len(labels)}")
+    return images, None if missing else labels.long()
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _find_split(root: str | Path | None, split: str | None) -> Path:
+    if root is None:
+        raise ValueError("root must be a folder or a tar file, got None; only named data sets can do without")
+    place = Path(root)
+    if not place.exists():
+        raise ValueError(f"no such folder or tar file: {place}; a data set of timm's goes into name=")
+    if split is None:
+        return place
+    if place.is_file():
+        raise ValueError(
+            f"{place} is a file and has no splits; leave split out or give its folder, got split {split!r}"
+        )
+    names = [split, *(other for group in _SYNONYMS if split in group for other in group if other != split)]
+    for candidate in (place / f"{name}{suffix}" for name in names for suffix in ("", ".tar")):
+        if candidate.is_dir() or (candidate.suffix == ".tar" and candidate.is_file()):
+            return candidate
+    there = sorted(entry.name for entry in place.iterdir() if entry.is_dir() or entry.suffix == ".tar")
+    raise ValueError(f"no split {split!r} in {place}; there: {', '.join(there[:12]) or 'no folder and no tar file'}")
+
+
+@contextmanager
+def _reading(what: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # all of which Pillow raises
+        raise ValueError(f"cannot read image {what}: {error}") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        # Pillow would clip such values to 255 and hand back a white picture.
+        raise OSError(f"it has more than 8 bits a channel (mode {image.mode}); convert it first")
+    return image.convert("RGB")

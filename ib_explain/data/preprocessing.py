@@ -1,0 +1,191 @@
+"""A host's preprocessing at test time, and where it puts the points, boxes and densities of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ib_explain.checks import check_positive_int
+
+__all__ = ["CropMode", "Placement", "Preprocess", "preprocess"]
+
+CropMode = Literal["center", "squash", "border"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one picture's pixels end up in the input: each axis is scaled, then a window is cut out (or padded around).
+
+    Coordinates are x to the right and y down, 0 at the centre of the first pixel: x' = (x + 0.5) * scale - 0.5 - left.
+    """
+
+    original: tuple[int, int]
+    """(h, w) of the picture."""
+    resized: tuple[int, int]
+    """(h, w) after the resize."""
+    top: int
+    """First row of the window in the resized picture; negative where the picture is padded."""
+    left: int
+    size: tuple[int, int]
+    """(H, W) of the window, the host's input."""
+
+    def points(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Move points (n, 2) of (x, y): the new points (n, 2), and which of them lie in the window, (n,) bool."""
+        moved = (points + 0.5) * self._scale(points) - 0.5 - points.new_tensor([self.left, self.top])
+        end = moved.new_tensor([self.size[1] - 0.5, self.size[0] - 0.5])
+        return moved, ((moved >= -0.5) & (moved < end)).all(dim=-1)
+
+    def boxes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Move boxes (n, 4) of xmin, ymin, xmax, ymax, both ends inside, and cut them at the window.
+
+        Returns:
+            The boxes (n, 4), fractions kept, and the share of each box's area that the window holds, (n,) in [0, 1].
+            A box with share 0 lies outside: its corners mean nothing, leave it out.
+        """
+        shift, scale = boxes.new_tensor([self.left, self.top]), self._scale(boxes)
+        # Outer edges, counted from the window's own: the first pixel of a box begins at its number, the last ends at
+        # its number + 1.
+        low, high = boxes[:, :2] * scale - shift, (boxes[:, 2:] + 1) * scale - shift
+        window = boxes.new_tensor([self.size[1], self.size[0]])
+        cut_low, cut_high = low.clamp_min(0), high.minimum(window)
+        share = (cut_high - cut_low).clamp_min(0).prod(dim=1) / (high - low).prod(dim=1)
+        return torch.cat([cut_low, cut_high - 1], dim=1), share
+
+    def density(self, density: Tensor) -> Tensor:
+        """Move a density (1, h, w) of the picture to (1, H, W): antialiased bilinear resize, window, 0 in padding."""
+        if tuple(density.shape[-2:]) != self.original:
+            raise ValueError(f"density must have the picture's size {self.original}, got {tuple(density.shape[-2:])}")
+        resized = F.interpolate(density[None].float(), self.resized, mode="bilinear", antialias=True)[0]
+        # Negative padding is cropping.
+        bottom, right = self.size[0] + self.top - self.resized[0], self.size[1] + self.left - self.resized[1]
+        return F.pad(resized, (-self.left, right, -self.top, bottom)).clamp_min(0)
+
+    def _scale(self, like: Tensor) -> Tensor:
+        return like.new_tensor([self.resized[1] / self.original[1], self.resized[0] / self.original[0]])
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """A host's preprocessing at test time: a picture to its input (3, H, W), made by timm from these fields."""
+
+    size: tuple[int, int]
+    """(H, W) of the input."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    """The picture is resized to size / crop_pct before the window is cut from its middle."""
+    crop_mode: CropMode
+    """"center": the shorter side fits, what juts out is lost; "squash": both sides fit, the aspect ratio is lost;
+    "border": the longer side fits, the rest is padded with the mean colour."""
+    interpolation: str
+    """timm's name: "bicubic", "bilinear", ..."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the normalised input, (3, H, W) float32."""
+        return self._transform(image)
+
+    def placement(self, original: tuple[int, int]) -> Placement:
+        """Where the pixels of a picture of (h, w) = `original` end up: the geometry of `__call__`."""
+        h, w = original
+        goal_h, goal_w = (int(side / self.crop_pct) for side in self.size)
+        if self.crop_mode == "squash":
+            resized = goal_h, goal_w
+        elif self.crop_mode == "center" and goal_h == goal_w:
+            # torchvision's resize of the shorter side, which rounds the longer one down.
+            resized = (int(goal_h * h / w), goal_w) if w <= h else (goal_h, int(goal_w * w / h))
+        else:
+            pick = max if self.crop_mode == "border" else min
+            ratio = pick(h / goal_h, w / goal_w)
+            resized = round(h / ratio), round(w / ratio)
+        top, left = (_offset(there, window) for there, window in zip(resized, self.size, strict=True))
+        return Placement(original, resized, top, left, self.size)
+
+    @cached_property
+    def _transform(self) -> Callable[[Image.Image], Tensor]:
+        from timm.data import create_transform
+
+        return create_transform(
+            (3, *self.size),
+            is_training=False,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+        )
+
+
+def preprocess(
+    model: nn.Module,
+    *,
+    size: int | tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    crop_pct: float | None = None,
+    crop_mode: CropMode | None = None,
+    interpolation: str | None = None,
+) -> Preprocess:
+    """Return the host's own preprocessing, from timm's data config; what is given here goes before it.
+
+    A host that timm did not make carries no such config, and nothing is guessed: it needs `size`, `mean` and `std`; the
+    rest is then the usual 0.875, "center" and "bicubic". `crop_mode="squash", crop_pct=1.0` keeps the whole picture.
+
+    Args:
+        model: the host.
+        size: side, or (H, W), of the input.
+        mean: of each channel, for pixels in [0, 1].
+        std: likewise, > 0.
+        crop_pct: in (0, 1].
+        crop_mode: "center", "squash" or "border".
+        interpolation: timm's name of the resize's filter.
+
+    Raises:
+        ValueError: no config and no size, mean and std; a value out of range.
+    """
+    config: dict[str, Any] = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
+    if getattr(model, "pretrained_cfg", None):
+        from timm.data import resolve_model_data_config
+
+        config = dict(resolve_model_data_config(model))
+        config["size"] = tuple(config.pop("input_size")[-2:])
+    given = {
+        "size": (size, size) if isinstance(size, int) else size,
+        "mean": mean,
+        "std": std,
+        "crop_pct": crop_pct,
+        "crop_mode": crop_mode,
+        "interpolation": interpolation,
+    }
+    config.update({key: value for key, value in given.items() if value is not None})
+    missing = [key for key in ("size", "mean", "std") if key not in config]
+    if missing:
+        raise ValueError(
+            f"{type(model).__name__} carries no preprocessing of timm's (pretrained_cfg); give {', '.join(missing)}"
+        )
+    result = Preprocess(
+        size=(check_positive_int(config["size"][0], "size"), check_positive_int(config["size"][1], "size")),
+        mean=tuple(float(value) for value in config["mean"]),
+        std=tuple(float(value) for value in config["std"]),
+        crop_pct=float(config["crop_pct"]),
+        crop_mode=config["crop_mode"],
+        interpolation=config["interpolation"],
+    )
+    if not 0 < result.crop_pct <= 1:
+        raise ValueError(f"crop_pct must be in (0, 1], got {result.crop_pct}")
+    if result.crop_mode not in get_args(CropMode):
+        raise ValueError(f"crop_mode must be one of {', '.join(get_args(CropMode))}, got {result.crop_mode!r}")
+    if len(result.mean) != 3 or len(result.std) != 3 or min(result.std) <= 0:
+        raise ValueError(f"mean and std must hold 3 values, std > 0, got {result.mean} and {result.std}")
+    return result
+
+
+def _offset(there: int, window: int) -> int:
+    """First row or column of a central window, rounded as torchvision does; negative for padding."""
+    return -((window - there) // 2) if window > there else round((there - window) / 2)

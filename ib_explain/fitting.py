@@ -1,0 +1,375 @@
+"""Fitting a bottleneck: statistics of the features, then a few hundred steps that train the attention network only.
+
+The loss is the target's cross-entropy behind the bottleneck plus beta times the mean nats that pass a feature element.
+Beta is found, not tuned: it is a fixed share of what is at stake, the cross-entropy with nothing let through minus the
+host's own. So one default carries over from layer to layer and host to host, whatever their widths, the number of
+classes and the scale of the logits; and a host that tells nothing about the target is not squeezed to nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from ib_explain.bottleneck.anchors import Anchors
+from ib_explain.bottleneck.module import Bottleneck
+from ib_explain.checks import check_images
+from ib_explain.data.batches import Batches, Share
+from ib_explain.hooks import host_device
+from ib_explain.objective import PRICE, nats_at_stake
+from ib_explain.observation import Observation, observe
+from ib_explain.places import Place
+from ib_explain.progress import Progress
+from ib_explain.statistics import Moments, RunningMean, RunningMoments
+
+__all__ = ["FitSettings", "Statistics", "choose_precision", "estimate_statistics", "make_accelerator", "train"]
+
+STATISTICS_IMAGES = 2000
+DEFAULT_IMAGES = 12_800  # image-steps of a fit whose number of steps is not given
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """All that decides a fit, besides data and host.
+
+    Attributes:
+        steps: number of optimiser steps.
+        beta: weight of the mean nats per feature element in the loss; None for `PRICE` times what is at stake.
+        lr: peak learning rate of Adam; one cosine cycle with a short warm-up.
+        objective: "prediction" draws targets from the host's own predictive distribution, "label" takes the labels.
+        precision: "fp32", "bf16" or "fp16"; statistics, gate and bits are float32 in any case.
+        seed: decides initial weights, order of data, targets and noise.
+    """
+
+    steps: int
+    beta: float | None
+    lr: float
+    objective: str
+    precision: str
+    seed: int
+
+
+@dataclass
+class Statistics:
+    """Moments at the site and at the deeper layers, means of what stands beside the grid, the host's classes K."""
+
+    moments: Moments
+    deep: list[Moments]
+    side: list[Tensor]
+    classes: int
+
+
+def make_accelerator(device: torch.device) -> Accelerator:
+    """This process among all of a launch; alone without `accelerate launch` or `torchrun`."""
+    return Accelerator(cpu=device.type == "cpu")
+
+
+def choose_precision(precision: str | None, accelerator: Accelerator) -> str:
+    """The asked precision, or the launcher's choice.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+    chosen = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    if precision is not None:
+        chosen = precision
+    if chosen not in PRECISIONS:
+        raise ValueError(f"precision must be 'fp32', 'bf16', 'fp16' or None, got {chosen!r}")
+    return chosen
+
+
+def estimate_statistics(
+    host: nn.Module,
+    place: Place,
+    data: Batches,
+    *,
+    per_element: bool = False,
+    images: int = STATISTICS_IMAGES,
+    show_progress: bool = False,
+    args: tuple[Any, ...] = (),
+) -> Statistics:
+    """Mean and standard deviation of the features over the first images of the data, in one streaming pass."""
+    share = data.share
+    running = [RunningMoments(per_element=per_element), *(RunningMoments() for _ in place.deeper)]
+    side = RunningMean()
+    classes = 0
+    with Progress(images, "statistics", show=show_progress) as progress:
+        for x, _labels in data.first(images):
+            x = _prepare(x, host)
+            seen = observe(host, place.site, x, deeper=place.deeper, args=args)
+            classes = seen.logits.shape[1]
+            for moments, features in zip(running, [seen.features, *seen.deep], strict=True):
+                moments.update(features)
+            side.update(place.site.layout.side_of(seen.output))
+            progress.step(len(x) * share.world)
+    if share.world > 1:
+        everyone = gather_object([(running, side)])
+        running = [RunningMoments(per_element=r.per_element) for r in running]
+        side = RunningMean()
+        for others, other_side in everyone:
+            for mine, theirs in zip(running, others, strict=True):
+                mine.merge(theirs)
+            side.merge(other_side)
+    device = host_device(host)
+    site, *deep = [r.result().to(device) for r in running]
+    return Statistics(site, deep, [s.to(device) for s in side.result()], classes)
+
+
+def _prepare(x: Tensor, host: nn.Module) -> Tensor:
+    device = host_device(host)
+    dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float32)
+    if not x.is_floating_point():
+        check_images(x, name="images from data")
+    return check_images(x.to(device, dtype, non_blocking=True), name="images from data")
+
+
+def train(
+    bottleneck: Bottleneck,
+    host: nn.Module,
+    place: Place,
+    data: Batches,
+    settings: FitSettings,
+    accelerator: Accelerator,
+    *,
+    state: dict[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] | None = None,
+    every: int = 100,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Train the bottleneck's attention and return the record of the run.
+
+    Args:
+        bottleneck: on the host's device; trained in place.
+        host: frozen by the caller.
+        place: where the bottleneck sits and reads.
+        data: this process's batches.
+        settings: see `FitSettings`.
+        accelerator: device, precision, other processes.
+        state: what `save` was given last, to continue from there.
+        save: called by the main process every `every` steps with the state of the run.
+        every: steps between two saves.
+        show_progress: bar or lines on standard error.
+    """
+    trainer = _Trainer(bottleneck, host, place, data.share, settings, accelerator)
+    if state is not None:
+        trainer.load(state)
+    batches = data(skip=trainer.step_number)
+    started = time.monotonic()
+    record: dict[str, Any] = {"settings": asdict(settings), "processes": data.share.world}
+    label = f"fit {place.site.name}"
+    with Progress(
+        settings.steps, label, show=show_progress and data.share.rank == 0, done=trainer.step_number
+    ) as progress:
+        while trainer.step_number < settings.steps:
+            x, labels = next(batches)
+            trainer.step(_prepare(x, host), labels)
+            figures = trainer.figures
+            progress.step(loss=figures["loss"], bits=figures["bits"], agreement=figures["agreement"])
+            if save is not None and trainer.step_number % every == 0 and accelerator.is_main_process:
+                save(trainer.state())
+    record |= {f"final_{name}": value for name, value in trainer.figures.items()}
+    record["seconds"] = round(trainer.seconds_before + time.monotonic() - started, 2)
+    record["images"] = trainer.images
+    record["history"] = trainer.history
+    return record
+
+
+class _Trainer:
+    """One fit: the optimiser, beta, and running figures. `state` and `load` carry it over an interruption."""
+
+    def __init__(
+        self,
+        bottleneck: Bottleneck,
+        host: nn.Module,
+        place: Place,
+        share: Share,
+        settings: FitSettings,
+        accelerator: Accelerator,
+    ) -> None:
+        self.bottleneck, self.host, self.place = bottleneck, host, place
+        self.share, self.settings, self.accelerator = share, settings, accelerator
+        self.parameters = [p for p in bottleneck.parameters() if p.requires_grad]
+        anchors = list(bottleneck.anchors.parameters()) if bottleneck.anchors is not None else []
+        network = list(bottleneck.network.parameters())
+        groups = [{"params": network, "lr": settings.lr}]
+        if anchors:
+            groups.append({"params": anchors, "lr": Anchors.LEARNING_RATE})
+        self.optimiser = torch.optim.Adam(groups)
+        device = host_device(host)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self.autocast = functools.partial(
+            torch.autocast, device.type, PRECISIONS[settings.precision], enabled=settings.precision != "fp32"
+        )
+        self.peaks = [float(group["lr"]) for group in self.optimiser.param_groups]
+        self.step_number, self.images, self.seconds_before = 0, 0, 0.0
+        self.at_stake: float | None = None  # nats about the target that are lost with nothing let through, running mean
+        self.figures: dict[str, float] = {}
+        self.history: list[dict[str, float]] = []
+        self.started = time.monotonic()
+
+    def step(self, x: Tensor, labels: Tensor | None) -> None:
+        """One optimiser step on a batch."""
+        settings, bottleneck = self.settings, self.bottleneck
+        noise = _BatchNoise(settings.seed, self.step_number, len(x), self.share, x.device)
+        with self.autocast():
+            seen = observe(
+                self.host,
+                self.place.site,
+                x,
+                self._targets(labels, noise),
+                deeper=self.place.deeper,
+                gradient=bottleneck.gradient,
+            )
+            grid = (1, *self.place.site.grid)
+            attention = bottleneck.attend(seen, noise.normal(grid))
+            restricted = bottleneck.restriction.apply_to(
+                seen, self.place.site.layout, attention.value, noise.normal(seen.features.shape[1:])
+            )
+            logits = seen.tail(restricted).float()
+        self._weigh(seen, noise)
+        loss_kept = F.cross_entropy(logits, seen.target)
+        passed = bottleneck.restriction.bits(seen, attention.value)  # (B, 1, h, w)
+        bits = passed.sum(dim=(1, 2, 3)).mean()
+        nats = bits * math.log(2) / seen.features[0].numel()
+        loss = loss_kept + self.beta * nats + attention.loss
+        self._schedule()
+        self.optimiser.zero_grad()
+        self.scaler.scale(loss).backward()
+        self._join_gradients()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        # Agreement is asked of the top-1's own attention: another class's keeps evidence against the top-1.
+        top = seen.logits.argmax(1)
+        asked, kept = seen.target == top, logits.argmax(1) == top
+        counts = torch.stack([(asked & kept).sum(), asked.sum()])
+        lost = loss_kept - F.cross_entropy(seen.logits.float(), seen.target)
+        figures = torch.stack([loss, lost, bits, attention.mean.mean(), *counts]).detach()
+        self._follow(torch.cat([figures.float(), bottleneck.phases_of(passed).flatten()]))
+        self.step_number += 1
+        self.images += len(x) * self.share.world
+
+    @property
+    def beta(self) -> float:
+        """Weight of the mean nats per feature element."""
+        if self.settings.beta is not None:
+            return self.settings.beta
+        return PRICE * max(0.0, self.at_stake or 0.0)
+
+    def state(self) -> dict[str, Any]:
+        """Everything a later run needs to go on: {"tensors": ..., "run": ...}."""
+        tensors: dict[str, Tensor] = {}
+        for index, values in self.optimiser.state_dict()["state"].items():
+            for name, value in values.items():
+                tensors[f"{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+        run = {
+            "step": self.step_number,
+            "images": self.images,
+            "seconds": self.seconds_before + time.monotonic() - self.started,
+            "at_stake": self.at_stake,
+            "figures": self.figures,
+            "history": self.history,
+            "settings": asdict(self.settings),
+        }
+        return {"tensors": tensors, "run": run}
+
+    def load(self, state: dict[str, Any]) -> None:
+        run, tensors = state["run"], state["tensors"]
+        optimiser = self.optimiser.state_dict()
+        optimiser["state"] = {}
+        for name, value in tensors.items():
+            index, key = name.split(".", 1)
+            optimiser["state"].setdefault(int(index), {})[key] = value
+        self.optimiser.load_state_dict(optimiser)
+        self.step_number, self.images, self.seconds_before = run["step"], run["images"], run["seconds"]
+        self.at_stake = run["at_stake"]
+        self.figures, self.history = run["figures"], run["history"]
+
+    def _targets(self, labels: Tensor | None, noise: _BatchNoise) -> Callable[[Tensor], Tensor] | Tensor:
+        if self.settings.objective == "label":
+            if labels is None:
+                raise ValueError("objective='label' needs data that yields (images, labels), got images alone")
+            return labels
+        return lambda logits: noise.draw(logits.float().softmax(dim=1))
+
+    def _schedule(self) -> None:
+        warmup = min(20, self.settings.steps // 10 + 1)
+        progress = self.step_number / self.settings.steps
+        factor = min(1.0, (self.step_number + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * max(factor, 1e-3)
+
+    def _join_gradients(self) -> None:
+        """Mean of the gradients over processes, in one message."""
+        if self.share.world == 1:
+            return
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _weigh(self, seen: Observation, noise: _BatchNoise) -> None:
+        """Every sixteenth step: what is lost with nothing let through."""
+        if self.at_stake is not None and self.step_number % 16:
+            return
+        with torch.no_grad(), self.autocast():
+            nothing = torch.zeros((), device=seen.features.device)
+            shape = seen.features.shape[1:]
+            closed = self.bottleneck.restriction.apply_to(seen, self.place.site.layout, nothing, noise.normal(shape))
+            label = seen.target if self.settings.objective == "label" else None
+            lost = nats_at_stake(seen.logits, seen.tail(closed), label)
+        now = self._mean_over_processes(lost.mean()[None]).item()
+        self.at_stake = now if self.at_stake is None else 0.7 * self.at_stake + 0.3 * now
+
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        return values if self.share.world == 1 else self.accelerator.reduce(values, reduction="mean")
+
+    def _follow(self, values: Tensor) -> None:
+        """Update the running figures from this step (the same on every process)."""
+        values = self._mean_over_processes(values)
+        phases = self.bottleneck.get_buffer("phases")
+        self.bottleneck.follow_phases(values[6:].view_as(phases), weight=0.05 if self.figures else 1.0)
+        loss, lost, bits, opened, agreed, asked = values[:6].tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss became {loss} at step {self.step_number}; try a smaller lr or fp32")
+        now = {"loss": loss, "bits": bits, "attention": opened}
+        now["lost"] = lost / max(self.at_stake or 0.0, 1e-6)
+        now["agreement"] = agreed / asked if asked else self.figures.get("agreement", 1.0)
+        old = self.figures or now
+        self.figures = {name: 0.95 * old[name] + 0.05 * value for name, value in now.items()}
+        self.figures["beta"] = self.beta
+        if self.step_number % 10 == 0:
+            self.history.append({"step": self.step_number, **{k: round(v, 5) for k, v in self.figures.items()}})
+
+
+class _BatchNoise:
+    """Random numbers of one step. They belong to the images of the step's global batch, not to a process."""
+
+    def __init__(self, seed: int, step: int, batch: int, share: Share, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 7919 + 17)
+        self.batch, self.share, self.device = batch, share, device
+
+    def normal(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
+        """N(0, 1) for this process's images, (B, *shape)."""
+        everyone = (self.batch * self.share.world, *shape)
+        return self._mine(torch.randn(everyone, generator=self.generator, device=self.device))
+
+    def draw(self, probabilities: Tensor) -> Tensor:
+        """One class for each row of (B, K) probabilities."""
+        everyone = (self.batch * self.share.world, 1)
+        uniform = self._mine(torch.rand(everyone, generator=self.generator, device=self.device))
+        drawn = (probabilities.cumsum(dim=1) < uniform).sum(dim=1)
+        return drawn.clamp_max(probabilities.shape[1] - 1)
+
+    def _mine(self, values: Tensor) -> Tensor:
+        return values[self.share.rank * self.batch : (self.share.rank + 1) * self.batch]

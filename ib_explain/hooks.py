@@ -1,0 +1,387 @@
+"""Hooks on the host: the only file that registers one. Each lives in a context that always restores.
+
+`frozen` lends the host in eval mode, `capture` reads outputs, `replace_output` changes one, `Tail` runs only what lies
+behind a layer. None of them changes a parameter, and none swallows an exception that it did not raise itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ib_explain.checks import did_you_mean
+
+__all__ = [
+    "HostArgs",
+    "Tail",
+    "TailRecorder",
+    "capture",
+    "find_module",
+    "frozen",
+    "host_device",
+    "map_tensors",
+    "module_name",
+]
+__all__ += ["replace_output", "run_host", "unwrap"]
+
+
+WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's names for what they wrap
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's own module from a DataParallel, DistributedDataParallel or torch.compile wrapper.
+
+    Raises:
+        TypeError: not an nn.Module, or a scripted one (Python hooks do not run inside TorchScript).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    while True:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError("model is a TorchScript module, whose layers cannot be hooked; pass the eager model")
+        compiled = getattr(model, "_orig_mod", None)  # torch.compile's OptimizedModule
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled, nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+def host_device(model: nn.Module) -> torch.device:
+    """Device of the host's first parameter or buffer; the CPU for a host without any."""
+    tensor = next(iter(model.parameters()), next(iter(model.buffers()), None))
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """Return the submodule called `name`, or raise a ValueError with the nearest names."""
+    inside = name
+    while inside.startswith(WRAPPERS):  # the name of a layer of the wrapped model
+        inside = inside.partition(".")[2]
+    for candidate in (name, inside):
+        with contextlib.suppress(AttributeError):  # get_submodule's way to say that there is none
+            if candidate:
+                return model.get_submodule(candidate)
+    known = [known for known, _ in model.named_modules() if known]
+    raise ValueError(f"{type(model).__name__} has no layer {name!r}{did_you_mean(name, known)}")
+
+
+def module_name(model: nn.Module, module: nn.Module) -> str:
+    """Return the dotted name of `module` inside `model`, or raise a ValueError."""
+    module = unwrap(module)
+    for name, candidate in model.named_modules():
+        if candidate is module and name:
+            return name
+    raise ValueError(f"the given {type(module).__name__} is not a layer of this {type(model).__name__}")
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Lend the unwrapped host in eval mode, without parameter gradients, run eagerly; hand it back as it came.
+
+    Restored at every exit: each module's own training flag, each parameter's `requires_grad`, and the random state of
+    the CPU and of the host's GPU.
+    """
+    model = unwrap(model)
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    compiled = [(m, m._compiled_call_impl) for m in model.modules() if getattr(m, "_compiled_call_impl", None)]
+    device = host_device(model)
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus), _eagerly():
+        try:
+            for module, _ in modes:
+                module.training = False
+            for parameter, _ in wanted:
+                parameter.requires_grad_(False)
+            for module, _ in compiled:
+                module._compiled_call_impl = None
+            yield model
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, flag in wanted:
+                parameter.requires_grad_(flag)
+            for module, implementation in compiled:
+                module._compiled_call_impl = implementation
+
+
+class HostArgs(tuple[Any, ...]):
+    """Further arguments of the host's forward, made for one batch; probes and statistics run other batch sizes.
+
+    Tensors with one row an image follow the batch: other sizes repeat the first row.
+    """
+
+    batch: int
+
+    @classmethod
+    def of(cls, additional: Any, batch: int) -> HostArgs:
+        """From Captum's `additional_forward_args`: None, one value or a tuple."""
+        args = cls(() if additional is None else additional if isinstance(additional, tuple) else (additional,))
+        args.batch = batch
+        return args
+
+    def rows(self, count: int) -> tuple[Any, ...]:
+        if count == self.batch:
+            return tuple(self)
+        follows = [isinstance(a, Tensor) and a.ndim > 0 and len(a) == self.batch for a in self]
+        return tuple(a[:1].expand(count, *a.shape[1:]) if f else a for a, f in zip(self, follows, strict=True))
+
+
+def _eagerly() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled functions eagerly: a submodule compiled on its own ignores hooks that come after its first call."""
+    # Without dynamo nothing was compiled, and importing it takes seconds.
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
+def run_host(model: nn.Module, x: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
+    """Run the host and check that it returned logits (B, K).
+
+    Raises:
+        ValueError: anything else came out.
+    """
+    logits = model(x, *(args.rows(len(x)) if isinstance(args, HostArgs) else args))
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model must map (B, 3, H, W) to logits (B, K) with B = {x.shape[0]}, got {got}")
+    return logits
+
+
+class _Stop(Exception):  # noqa: N818 - a signal between our own hook and our own context
+    """Raised by `capture(stop=True)` when every layer was seen; caught only by the capture that raised it."""
+
+
+@contextlib.contextmanager
+def capture(
+    model: nn.Module,
+    names: Iterable[str],
+    *,
+    stop: bool = False,
+    once: bool = True,
+    at: Callable[[str, Any], Any] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Collect the outputs of layers during one forward pass of `model`.
+
+    Args:
+        model: the unwrapped host.
+        names: layers by dotted name.
+        stop: end the forward pass as soon as all of them were seen (the host's call then returns nothing: put it
+            last in the `with` block).
+        once: a layer that runs twice is an error; with False the first output is kept.
+        at: called with (name, output) as each layer fires; what it returns, if not None, replaces the output.
+
+    Yields:
+        A dict that fills as the layers run: name -> output, as the layer returned it (no copy).
+
+    Raises:
+        RuntimeError: on normal exit, if a layer did not run or ran twice.
+    """
+    names = list(dict.fromkeys(names))
+    seen: dict[str, Any] = {}
+    signal = _Stop()
+
+    def hook_for(name: str) -> Callable[..., Any]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if name in seen:
+                if once:
+                    raise RuntimeError(
+                        f"layer {name!r} ran more than once in one forward pass; name a layer that runs once"
+                    )
+                return None
+            seen[name] = output
+            replaced = at(name, output) if at is not None else None
+            if stop and len(seen) == len(names):
+                raise signal
+            return replaced
+
+        return hook
+
+    handles = []
+    try:
+        for name in names:
+            handles.append(find_module(model, name).register_forward_hook(hook_for(name)))
+        try:
+            yield seen
+        except _Stop as raised:
+            if raised is not signal:
+                raise
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := [name for name in names if name not in seen]:
+        raise RuntimeError(f"layer {missing[0]!r} did not run in the forward pass; name a layer that the model calls")
+
+
+@contextlib.contextmanager
+def replace_output(model: nn.Module, name: str, edit: Callable[[Any], Any]) -> Iterator[None]:
+    """While inside, every forward pass of `model` continues with `edit(output)` in place of the layer's output.
+
+    Raises:
+        RuntimeError: in a forward pass in which the layer does not run, or runs twice.
+    """
+    model = unwrap(model)
+    runs = 0
+
+    def start(_module: nn.Module, _inputs: Any) -> None:
+        nonlocal runs
+        runs = 0
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        if runs > 1:
+            raise RuntimeError(f"layer {name!r} ran more than once in one forward pass; name a layer that runs once")
+        return edit(output)
+
+    def end(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        if runs == 0:
+            raise RuntimeError(f"layer {name!r} did not run in the forward pass; name a layer that the model calls")
+
+    handles = []
+    try:
+        handles.append(model.register_forward_pre_hook(start))
+        handles.append(find_module(model, name).register_forward_hook(hook))
+        handles.append(model.register_forward_hook(end))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Apply `change` to every tensor in nested tuples, lists and dicts; other values stay as they are."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(v, change) for v in value))
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(v, change) for v in value)
+    if isinstance(value, dict):
+        changed = copy.copy(value)
+        for key, item in value.items():
+            changed[key] = map_tensors(item, change)
+        return changed
+    return value
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape that takes no memory: nothing behind a cut reads its values."""
+    return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+class TailRecorder:
+    """Notes, during a clean forward pass, what may be skipped when only the part behind `name` is run again.
+
+    The children of the layer's ancestors that finish before it does are skipped later; of their outputs only the
+    shapes are kept. Use as a context around the clean pass; `tail(x, args)` afterwards gives the `Tail`.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model = unwrap(model)
+        self.name = name
+        parts = name.split(".")
+        self._ancestors = [".".join(parts[:depth]) for depth in range(len(parts))]
+        self._outputs: dict[str, list[Any]] = {}
+        self._handles: list[Any] = []
+        self._arrived = False
+
+    def __enter__(self) -> TailRecorder:
+        self._outputs, self._arrived = {}, False
+        try:
+            for ancestor in self._ancestors:
+                module = self.model.get_submodule(ancestor)
+                for child_name, child in module.named_children():
+                    full = f"{ancestor}.{child_name}" if ancestor else child_name
+                    if full == self.name:
+                        self._handles.append(child.register_forward_hook(self._arrive))
+                    elif full not in self._ancestors:
+                        self._handles.append(child.register_forward_hook(self._note(full)))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_exception: Any) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _arrive(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
+        self._arrived = True
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not self._arrived:
+                self._outputs.setdefault(name, []).append(map_tensors(output, _stand_in))
+
+        return hook
+
+    def tail(self, x: Tensor, args: tuple[Any, ...] = ()) -> Tail:
+        """The part behind the layer, for the batch of the recorded pass."""
+        return Tail(self.model, self.name, self._outputs, x, args)
+
+
+class Tail:
+    """Runs the part of the host behind a layer: `tail(output)` is the host's logits had the layer returned `output`.
+
+    Exact where the layer is a cut, that is where nothing computed before it is used behind it; `Site.skippable` tells
+    whether that was verified. Otherwise, with `outputs` None, the whole host runs and only this output is replaced.
+    The host gets a copy: in-place operations behind the layer leave `output` as it was.
+    """
+
+    def __init__(
+        self, model: nn.Module, name: str, outputs: dict[str, list[Any]] | None, x: Tensor, args: tuple[Any, ...] = ()
+    ) -> None:
+        self.model, self.name, self.outputs, self.x, self.args = model, name, outputs, x, args
+
+    def __call__(self, output: Any) -> Tensor:
+        output = map_tensors(output, Tensor.clone)
+        if self.outputs is None:
+            with replace_output(self.model, self.name, lambda _original: output):
+                return run_host(self.model, self.x, self.args)
+        with contextlib.ExitStack() as restore:
+            arrived = [False]
+
+            def arrive(*_args: Any, **_kwargs: Any) -> Any:
+                arrived[0] = True
+                return output
+
+            restore.enter_context(_forward(find_module(self.model, self.name), arrive))
+            for name, outputs in self.outputs.items():
+                module = find_module(self.model, name)
+                restore.enter_context(_forward(module, _skip(module.forward, outputs, arrived)))
+            logits = run_host(self.model, self.x, self.args)
+            if not arrived[0]:
+                raise RuntimeError(f"layer {self.name!r} did not run in the forward pass")
+            return logits
+
+
+def _skip(forward: Callable[..., Any], outputs: list[Any], arrived: list[bool]) -> Callable[..., Any]:
+    remaining = iter(outputs)
+
+    def skipped(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if arrived[0] else next(remaining)
+
+    return skipped
+
+
+@contextlib.contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give the module another `forward` for a while; an instance's own one (accelerate sets such) comes back."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own

@@ -1,0 +1,170 @@
+"""Hosts by name: any timm model, with its own weights or a checkpoint's, and the names of its classes."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["class_names", "load_host", "pick_device"]
+
+
+def load_host(
+    name: str,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    input_size: tuple[int, int] | None = None,
+    device: str | torch.device | None = None,
+) -> nn.Module:
+    """Create a timm model in eval mode.
+
+    Args:
+        name: timm's name, with or without a tag of its weights ("resnet50", "resnet50.a1_in1k"), or an id with a source
+            ("hf-hub:owner/name", "local-dir:PATH"), whose weights are then loaded unless there is a checkpoint.
+        pretrained: load timm's weights, downloading them where they are not cached.
+        checkpoint: file of a state dict, .safetensors or torch.save's, as timm writes it (averaged weights first).
+        num_classes: where it is not the model's own.
+        input_size: (H, W); needed here only by models that are built for one size.
+        device: "cpu", "cuda", "cuda:1", ...; None picks one.
+
+    Raises:
+        ValueError: unknown model (with the nearest names), tag or repository, no weights to load, an unknown device, or
+            a checkpoint that is missing, damaged or of other shapes (with what was expected and what came).
+        ConnectionError: the weights are not cached and cannot be fetched.
+    """
+    import timm
+
+    target = pick_device(device)
+    from_source = ":" in name
+    if not from_source and not timm.is_model(name.rsplit("/", 1)[-1]):
+        raise ValueError(f"unknown model {name!r}{_near_models(name)}")
+    options: dict[str, Any] = {"num_classes": num_classes}
+    if input_size is not None and not from_source and _has_fixed_size(name):
+        options["img_size"] = input_size
+    weights = pretrained or (from_source and checkpoint is None)
+    try:
+        model = timm.create_model(name, pretrained=weights, **options)
+    except Exception as error:  # the hub's, the network's and timm's errors have no common base
+        raise _as_ours(error, name) from error
+    if checkpoint is not None:
+        _load(model, Path(checkpoint), name)
+    return model.eval().to(target)
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """The named device, or, for None, this process's GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: no device of that name here.
+    """
+    import os
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % gpus) if gpus else torch.device("cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError):
+        have = ", ".join(["cpu", *(f"cuda:{i}" for i in range(gpus))])
+        raise ValueError(f"no device {str(device)!r} here; there: {have}") from None
+    return found
+
+
+def class_names(model: nn.Module, *, imagenet: bool = False, folders: list[str] | None = None) -> list[str] | None:
+    """One name for each class of the host, or None where they are not known.
+
+    Args:
+        model: the host; its timm configuration may hold the names.
+        imagenet: the weights are timm's, so 1000 classes are ImageNet's.
+        folders: names of the data set's class folders; WordNet ids are turned into words.
+    """
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    config = getattr(model, "pretrained_cfg", None) or {}
+    count = getattr(model, "num_classes", config.get("num_classes"))
+    names = list(config.get("label_names") or ())
+    words = dict(config.get("label_descriptions") or {})
+    if not names and imagenet and (subset := infer_imagenet_subset(model)):
+        names = ImageNetInfo(subset).label_names()
+    names = names or list(folders or ())
+    if not names or len(names) != count:
+        return None
+    if not words and all(name[:1] == "n" and name[1:].isdigit() and len(name) == 9 for name in names):
+        info = ImageNetInfo("imagenet-22k")
+        words = {name: info.label_name_to_description(name) for name in names if name in info.label_names()}
+    return [words.get(name, name).split(", ")[0].replace("_", " ") for name in names]
+
+
+def _near_models(name: str) -> str:
+    import timm
+
+    wanted = name.rsplit("/", 1)[-1].split(".", 1)[0].lower().replace("-", "_")
+    known = timm.list_models()
+    flat = {entry.replace("_", ""): entry for entry in reversed(known)}
+    near = [flat[key] for key in [wanted.replace("_", "")] if key in flat]
+    near += [entry for entry in difflib.get_close_matches(wanted, known, n=3, cutoff=0.6) if entry not in near]
+    hint = f"did you mean {' or '.join(near[:3])}? " if near else ""
+    return f"; {hint}timm.list_models() names all {len(known)}"
+
+
+def _has_fixed_size(name: str) -> bool:
+    import timm
+
+    config = timm.get_pretrained_cfg(name.rsplit("/", 1)[-1].split(".", 1)[0], allow_unregistered=True)
+    return bool(config is not None and getattr(config, "fixed_input_size", False))
+
+
+def _as_ours(error: Exception, name: str) -> Exception:
+    """Say in one line what went wrong in `timm.create_model`; what is not known keeps its own type."""
+    text, kind = _first_line(error), type(error).__name__
+    if kind in ("RepositoryNotFoundError", "HFValidationError", "GatedRepoError", "RevisionNotFoundError"):
+        return ValueError(f"no model {name!r} on the hub, or no access to it: {text}")
+    if isinstance(error, OSError) or kind in ("ConnectError", "ConnectTimeout", "OfflineModeIsEnabled"):
+        return ConnectionError(f"cannot fetch {name!r}: {text}")
+    if isinstance(error, RuntimeError | ValueError | AssertionError):
+        return ValueError(f"timm cannot create {name!r}: {text}")
+    return error
+
+
+def _load(model: nn.Module, path: Path, name: str) -> None:
+    """Load a checkpoint, every tensor of it, or say what does not fit."""
+    import timm.models
+    from safetensors import SafetensorError
+
+    if not path.is_file():
+        raise ValueError(f"no such checkpoint file: {path}")
+    try:
+        found = timm.models.load_state_dict(str(path), weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, KeyError) as error:
+        raise ValueError(f"cannot read checkpoint {path}: {_first_line(error)}") from None
+    if not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"checkpoint {path} must hold named tensors, the state dict of a model")
+    expected = model.state_dict()
+    missing, others = [k for k in expected if k not in found], [k for k in found if k not in expected]
+    if missing or others:
+        lacks = f"it lacks {len(missing)} of {len(expected)} tensors (first: {missing[0]})" if missing else ""
+        has = f"it has {len(others)} that the model has not (first: {others[0]})" if others else ""
+        raise ValueError(f"checkpoint {path} does not fit {name}: {' and '.join(filter(None, (lacks, has)))}")
+    wrong = [k for k in expected if expected[k].shape != found[k].shape]
+    if wrong:
+        came = {found[k].shape[0] for k in wrong if found[k].ndim}
+        tails = all(expected[k].shape[1:] == found[k].shape[1:] for k in wrong)
+        hint = f"; try --num-classes {came.pop()}" if tails and len(came) == 1 and len(wrong) <= 4 else ""
+        rest = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"checkpoint {path} does not fit {name}: {wrong[0]} must be {tuple(expected[wrong[0]].shape)}, "
+            f"got {tuple(found[wrong[0]].shape)}{rest}{hint}"
+        )
+    model.load_state_dict(found)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

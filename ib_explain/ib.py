@@ -1,0 +1,588 @@
+"""`IBAttention`: the bottleneck on a frozen host, as a user holds it. Fit, attribute, restrict, save, load."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from captum.attr import LayerAttribution
+from huggingface_hub import ModelHubMixin, snapshot_download
+from torch import Tensor, nn
+
+from ib_explain.bottleneck.gates import GATES
+from ib_explain.bottleneck.module import Bottleneck, Restriction, empty_bottleneck
+from ib_explain.checkpoints import read_checkpoint, write_checkpoint
+from ib_explain.checks import check_images, check_positive_int, did_you_mean
+from ib_explain.data.batches import Batches, Share
+from ib_explain.files import replace_folder
+from ib_explain.fitting import (
+    DEFAULT_IMAGES,
+    FitSettings,
+    choose_precision,
+    estimate_statistics,
+    make_accelerator,
+    train,
+)
+from ib_explain.hooks import HostArgs, find_module, frozen, host_device, module_name, replace_output, unwrap
+from ib_explain.io import FORMAT, data_config, host_facts, read_folder, versions, write_folder
+from ib_explain.layouts import Layout, probe_images
+from ib_explain.maps import resize, spread
+from ib_explain.observation import Observation, observe
+from ib_explain.per_image import PerImageSettings, optimise
+from ib_explain.places import Place, find_place
+from ib_explain.sites import Site, input_size_of
+from ib_explain.targets import Target, class_rows
+
+__all__ = ["IBAttention"]
+
+READS = ("gradient", "features")
+OUTPUTS = ("bits", "attention")
+OBJECTIVES = ("prediction", "label")
+REFERENCE_IMAGES = 32
+LEAK_WORTH_A_WARNING = 0.05
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _as_captum(method: F) -> F:
+    """Captum's NoiseTunnel calls `attribute.__wrapped__`; every public `attribute` there is wrapped, so is ours."""
+
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
+    """Information-bottleneck attention at one layer of a frozen classifier.
+
+    Fitted, `attribute` costs about one forward pass (`reads="features"`), or one forward pass and one backward pass
+    through the part behind the layer (`reads="gradient"`). Not fitted, it optimises the attention for the given
+    images. The object obeys Captum's conventions and works inside its NoiseTunnel and metrics; it changes nothing in
+    the host.
+
+    Args:
+        model: the host, any nn.Module that maps (B, 3, H, W) to (B, K) logits. Wrappers (DataParallel,
+            torch.compile) are looked through.
+        layer: dotted name, module of the host, or None for `default_layer`.
+        gate: "gaussian", "noise" or "residual", see `ib_explain.bottleneck.gates`.
+        reads: "gradient" or "features", what the fitted attention reads.
+        anchors: number of learnable anchor values that quantise the attention; 0 for none.
+        per_element: statistics per feature element instead of per channel; ties the bottleneck to one input size.
+        seed: of everything random.
+
+    Attributes:
+        record: what the last fit was and reached, a dict; None before.
+
+    Raises:
+        TypeError: `model` is no eager nn.Module.
+        ValueError: no such layer, gate or reads (with the nearest names).
+    """
+
+    resolves_target = True  # None is the host's top-1, found in the same pass; tells `ib_explain.attribute`
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str | nn.Module | None = None,
+        *,
+        gate: str = "gaussian",
+        reads: str = "gradient",
+        anchors: int = 0,
+        per_element: bool = False,
+        seed: int = 0,
+    ) -> None:
+        host = unwrap(model)
+        module = layer if layer is None or isinstance(layer, nn.Module) else find_module(host, layer)
+        self.layer_name = None if module is None else module_name(host, module)
+        super().__init__(model, module)
+        GATES.get(gate)
+        if reads not in READS:
+            raise ValueError(f"unknown reads {reads!r}{did_you_mean(str(reads), READS)}")
+        if anchors and check_positive_int(anchors, "anchors") < 2:
+            raise ValueError(f"anchors must be 0 (none) or at least 2, got {anchors}")
+        self.gate, self.reads, self.anchors, self.per_element, self.seed = gate, reads, anchors, per_element, seed
+        self.record: dict[str, Any] | None = None
+        self._bottleneck: Bottleneck | None = None
+        self._place: Place | None = None
+        self._reference: tuple[Any, Restriction] | None = None
+
+    @property
+    def host(self) -> nn.Module:
+        """The user's own module, out of any wrapper."""
+        return unwrap(self.forward_func)
+
+    @property
+    def fitted(self) -> bool:
+        return self._bottleneck is not None
+
+    @property
+    def bottleneck(self) -> Bottleneck:
+        """The fitted bottleneck, an nn.Module.
+
+        Raises:
+            RuntimeError: before `fit`.
+        """
+        if self._bottleneck is None:
+            raise RuntimeError("this IBAttention is not fitted; call .fit(data) or IBAttention.load(path, model) first")
+        return self._bottleneck
+
+    @property
+    def site(self) -> Site:
+        """Where the bottleneck sits, as probed at the first `fit` or `attribute`.
+
+        Raises:
+            RuntimeError: before that.
+        """
+        if self._place is None:
+            raise RuntimeError("the site is probed at the first fit or attribute; before, use ib_explain.sites(model)")
+        return self._place.site
+
+    def fit(
+        self,
+        data: Iterable[Any],
+        *,
+        steps: int | None = None,
+        beta: float | None = None,
+        lr: float | None = None,
+        objective: str = "prediction",
+        precision: str | None = None,
+        checkpoint: str | Path | None = None,
+        every: int = 100,
+        resume: bool = False,
+        show_progress: bool = True,
+    ) -> IBAttention:
+        """Estimate the features' statistics and train the attention; the host stays as it is.
+
+        Args:
+            data: iterable of (images, labels) or of images, normalised as the host expects: a DataLoader, a list, what
+                `timm.data.create_loader` gives. Training images: the statistics come from them.
+            steps: optimiser steps; by default as many as show 12,800 images, at least 100.
+            beta: weight of the mean nats per feature element against the cross-entropy in nats; None for a quarter of
+                what is at stake (cross-entropy with nothing let through minus the host's own), which carries over
+                from layer to layer and host to host.
+            lr: peak learning rate, 2e-3 by default.
+            objective: "prediction" explains what the host says (targets drawn from its own predictive distribution),
+                "label" the labels in the data.
+            precision: "fp32", "bf16", "fp16", or None for the launcher's choice.
+            checkpoint: folder that keeps the state of the run.
+            every: steps between two checkpoints.
+            resume: continue from `checkpoint` if it is there; ends at the weights of an uninterrupted run.
+            show_progress: a bar on a terminal, lines in a pipe.
+
+        Returns:
+            self; `.record` tells the run.
+
+        Raises:
+            TypeError: data that is no iterable of image tensors.
+            ValueError: empty data, images of several sizes or that the host refuses, an unknown objective or precision.
+        """
+        if objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {objective!r}{did_you_mean(str(objective), OBJECTIVES)}")
+        for name, value in (("beta", beta), ("lr", lr)):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < math.inf):
+                raise ValueError(f"{name} must be a positive number or None, got {value!r}")
+        if resume and checkpoint is None:
+            raise ValueError("resume=True needs checkpoint=FOLDER, got None")
+        check_positive_int(every, "every")
+        with frozen(self.forward_func) as host:
+            device = host_device(host)
+            accelerator = make_accelerator(device)
+            batches = Batches(data, self.seed, Share(accelerator.process_index, accelerator.num_processes))
+            first, _ = next(batches.first(1))
+            place = self._settle(find_place(host, self.layer_name, _size(first)))
+            total = steps if steps is not None else max(100, round(DEFAULT_IMAGES / (len(first) * batches.share.world)))
+            settings = FitSettings(
+                steps=check_positive_int(total, "steps"),
+                beta=None if beta is None else float(beta),
+                lr=2e-3 if lr is None else float(lr),
+                objective=objective,
+                precision=choose_precision(precision, accelerator),
+                seed=self.seed,
+            )
+            description = self._describe(place)
+            state = None
+            if resume and checkpoint is not None:
+                state = read_checkpoint(checkpoint, description, dataclasses.asdict(settings))
+            if state is not None:
+                self._bottleneck = self._empty(state["weights"], place).to(device)
+            else:
+                self._bottleneck = self._start(host, place, batches, accelerator, show_progress)
+            bottleneck = self._bottleneck
+            save = None
+            if checkpoint is not None:
+                folder = Path(checkpoint)
+                save = lambda now: write_checkpoint(folder, bottleneck.state_dict(), description, now)  # noqa: E731
+            record = train(
+                bottleneck,
+                host,
+                place,
+                batches,
+                settings,
+                accelerator,
+                state=state,
+                save=save,
+                every=every,
+                show_progress=show_progress,
+            )
+            bottleneck.requires_grad_(False)
+        images = int(bottleneck.restriction.moments.get_buffer("count"))
+        self.record = {"layer": place.site.name, "device": str(device), "data": _source(data)}
+        self.record |= {"statistics_images": images, "versions": versions(), **record}
+        return self
+
+    @_as_captum
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        refine: int = 0,
+        output: str = "bits",
+    ) -> Tensor | tuple[Tensor]:
+        """Maps of the information that the host uses for a class.
+
+        Args:
+            inputs: images (B, 3, H, W), or a tuple of one such tensor (then a tuple comes back).
+            target: None for the host's own top-1 (Captum's None means no selection), an int, a list, a 1-D tensor.
+            additional_forward_args: further arguments of the host's forward.
+            refine: steps of per-image optimisation that start from the fitted attention.
+            output: "bits", information that passes at each pixel, non-negative, its sum the image's bits; or
+                "attention", A in [0, 1].
+
+        Returns:
+            (B, 1, H, W) float32 on the inputs' device, detached. For Captum's `infidelity`, `.expand_as(inputs)` it.
+
+        Raises:
+            TypeError, ValueError, IndexError: inputs, target or options that are not as above.
+        """
+        x, echo = (inputs[0], True) if isinstance(inputs, tuple) and len(inputs) == 1 else (inputs, False)
+        if isinstance(x, tuple):
+            raise ValueError(f"inputs must be one tensor or a tuple of one, got a tuple of {len(x)}")
+        if isinstance(refine, bool) or not hasattr(refine, "__index__") or refine < 0:
+            raise ValueError(f"refine must be an integer >= 0, got {refine!r}")
+        settings = PerImageSettings(seed=self.seed)
+        if self.fitted:
+            settings = dataclasses.replace(settings, steps=int(refine), beta=(self.record or {}).get("final_beta"))
+        args = HostArgs.of(additional_forward_args, len(x))
+        maps = self._maps(x, target, args, settings, output, fitted=self.fitted)
+        return (maps,) if echo else maps
+
+    def attribute_per_image(
+        self,
+        inputs: Tensor,
+        target: Target = None,
+        *,
+        settings: PerImageSettings,
+        reference: Tensor | None = None,
+        output: str = "bits",
+    ) -> Tensor:
+        """Maps from attention optimised for these images from scratch, with explicit settings.
+
+        Args:
+            inputs: images (B, 3, H, W).
+            target: as in `attribute`.
+            settings: of the optimisation.
+            reference: images (N, 3, H, W) from which the features' statistics are taken; by default those of the
+                fitted bottleneck, else smooth noise images.
+            output: as in `attribute`.
+        """
+        return self._maps(inputs, target, (), settings, output, fitted=False, reference=reference)
+
+    def information(self, inputs: Tensor) -> Tensor:
+        """Bits that the bottleneck passes for each image and the host's own top-1: (B, 3, H, W) -> (B,)."""
+        maps = self.attribute(inputs)
+        return (maps[0] if isinstance(maps, tuple) else maps).sum(dim=(1, 2, 3))
+
+    @contextlib.contextmanager
+    def restrict(self, attention: float | Tensor | None = None, *, target: Target = None) -> Iterator[nn.Module]:
+        """While inside, the host's forward passes run through the bottleneck, with the mean attention and seeded noise.
+
+        Args:
+            attention: instead of the fitted attention, a number or a tensor (B, 1, h, w) in [0, 1].
+            target: the class whose attention is used; by default the host's own top-1 for each image.
+
+        Yields:
+            The host, unwrapped: call this one (a compiled wrapper would not see the bottleneck).
+
+        Raises:
+            RuntimeError: not fitted, and no `attention` given.
+        """
+        if attention is None:
+            self.bottleneck  # noqa: B018 - says so if there is none
+        with frozen(self.forward_func) as host:
+            if self._place is None and self.layer_name is None:
+                self._settle(find_place(host, None, input_size_of(host), read=False))
+            name = str(self.layer_name)
+            plan: list[tuple[Restriction, Observation, Layout, Tensor]] = []
+            planning = False
+
+            def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+                nonlocal planning
+                if not planning:  # the clean pass that the attention reads runs through this very hook
+                    planning = True
+                    try:
+                        plan[:] = [
+                            self._plan(
+                                host, inputs[0], target, HostArgs.of(tuple(inputs[1:]), len(inputs[0])), attention
+                            )
+                        ]
+                    finally:
+                        planning = False
+
+            def edit(output: Any) -> Any:
+                if planning:
+                    return output
+                restriction, seen, layout, value = plan[0]
+                generator = torch.Generator(value.device).manual_seed(self.seed)
+                noise = torch.randn((1, *seen.features.shape[1:]), generator=generator, device=value.device)
+                return restriction.apply_to(seen, layout, value, noise)
+
+            handle = host.register_forward_pre_hook(before)
+            try:
+                with replace_output(host, name, edit):
+                    yield host
+            finally:
+                handle.remove()
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted bottleneck as a folder with `bottleneck.safetensors` and `config.json`.
+
+        An older folder of that name is replaced only when the new one is whole.
+
+        Raises:
+            RuntimeError: not fitted.
+        """
+        self.bottleneck  # noqa: B018 - says so if there is none
+        with replace_folder(path) as folder:
+            self._save_pretrained(folder)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module) -> IBAttention:
+        """Read what `save` wrote, for the same architecture.
+
+        Raises:
+            FileNotFoundError: no saved bottleneck there.
+            ValueError: damaged, or fitted to another architecture or another shape of the layer.
+
+        Warns:
+            UserWarning: same architecture, other weights.
+        """
+        tensors, config = read_folder(Path(path))
+        fitted_to, given = config["host"], host_facts(model)
+        if fitted_to["structure"] != given["structure"]:
+            names = f"{fitted_to['architecture']}, not to this {given['architecture']}"
+            raise ValueError(f"{path} was fitted to a {names}: the parameters have other names or shapes")
+        if fitted_to["weights"] != given["weights"]:
+            told = (
+                f"{path} was fitted to a {fitted_to['architecture']} with other weights; fit again for bits that hold"
+            )
+            warnings.warn(told, UserWarning, stacklevel=2)
+        options = {name: config[name] for name in ("gate", "reads", "anchors", "per_element", "seed")}
+        self = cls(model, config["layer"], **options)
+        channels, height, width = config["input_size"]
+        with frozen(model) as host:
+            place = find_place(host, self.layer_name, (channels, height, width), read=False)
+            try:
+                place = self._settle(place.reading(config))
+                self._bottleneck = self._empty(tensors, place).to(host_device(host)).requires_grad_(False)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{path} does not fit this model: {error}") from error
+        self.record = config["record"]
+        return self
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, model: nn.Module, **hub: Any) -> IBAttention:  # type: ignore[override]
+        """Load from a local folder or a repository of the Hugging Face hub (revision=, token=, cache_dir=, ...)."""
+        return super().from_pretrained(name, model=model, **hub)
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        return False
+
+    def has_convergence_delta(self) -> bool:
+        return False
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "IB Attention"
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        config = {"format": FORMAT, "host": host_facts(self.host), "versions": versions(), "record": self.record}
+        if self._place is not None:
+            config |= self._describe(self._place)
+        write_folder(Path(save_directory), self.bottleneck.state_dict(), config)
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]  # the mixin's keywords and our `model`
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        model: nn.Module,
+        **_configuration: Any,
+    ) -> IBAttention:
+        folder = model_id
+        if not Path(model_id).is_dir():
+            folder = snapshot_download(
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        return cls.load(folder, model)
+
+    def _settle(self, place: Place) -> Place:
+        """Remember where the bottleneck sits; from then on None as a layer means this one."""
+        leak = place.site.leak
+        if leak > LEAK_WORTH_A_WARNING and self.gate != "residual" and place != self._place:
+            told = f"layer {place.site.name!r} is no cut: {leak:.0%} of the logits' spread flows around its grid"
+            warnings.warn(f"{told}, so its bits do not bound what the model uses", UserWarning, stacklevel=3)
+        self._place, self.layer_name = place, place.site.name
+        self.layer = find_module(self.host, place.site.name)
+        return place
+
+    def _describe(self, place: Place) -> dict[str, Any]:
+        """What a saved bottleneck or a checkpoint says of itself."""
+        options = {name: getattr(self, name) for name in ("gate", "reads", "anchors", "per_element", "seed")}
+        return {**place.to_json(), **options, "data_config": data_config(self.host)}
+
+    def _start(
+        self, host: nn.Module, place: Place, batches: Batches, accelerator: Any, show_progress: bool
+    ) -> Bottleneck:
+        """A bottleneck with the data's statistics and fresh weights."""
+        found = estimate_statistics(
+            host,
+            place,
+            batches,
+            per_element=self.per_element,
+            show_progress=show_progress and accelerator.is_main_process,
+        )
+        gradient = self.reads == "gradient"
+        restriction = Restriction(self.gate, found.moments, found.side)
+        classes = None if gradient else class_rows(host, found.classes, self.seed)
+        torch.manual_seed(self.seed)  # inside `frozen`, which puts the user's random state back
+        bottleneck = Bottleneck(
+            restriction,
+            found.deep,
+            gradient=gradient,
+            classes=classes,
+            anchors=self.anchors,
+            period=place.period,
+        )
+        return bottleneck.to(host_device(host))
+
+    def _empty(self, tensors: dict[str, Tensor], place: Place) -> Bottleneck:
+        """A bottleneck filled with stored tensors."""
+        return empty_bottleneck(
+            tensors, gate=self.gate, deeper=len(place.deeper), gradient=self.reads == "gradient", anchors=self.anchors
+        )
+
+    def _observe(
+        self, host: nn.Module, x: Tensor, target: Target, args: tuple[Any, ...], *, read: bool
+    ) -> tuple[Observation, Place]:
+        """A clean pass at the place that holds for this input size."""
+        size = _size(x)
+        place = self._place
+        if place is None or (not self.fitted and place.input_size != size):
+            place = self._settle(find_place(host, self.layer_name, size, args, read=False))
+        elif place.input_size != size:
+            if self.per_element:
+                raise ValueError(f"per-element statistics hold for the fitted size {place.input_size}, got {size}")
+            place = place.at_size(host, size, args)
+        deeper = place.deeper if read else ()
+        gradient = read and self.reads == "gradient"
+        return observe(host, place.site, x.detach(), target, deeper=deeper, gradient=gradient, args=args), place
+
+    def _maps(
+        self,
+        x: Tensor,
+        target: Target,
+        args: tuple[Any, ...],
+        settings: PerImageSettings,
+        output: str,
+        *,
+        fitted: bool,
+        reference: Tensor | None = None,
+    ) -> Tensor:
+        if output not in OUTPUTS:
+            raise ValueError(f"unknown output {output!r}{did_you_mean(str(output), OUTPUTS)}")
+        if output == "bits" and not GATES.get(self.gate).measures_bits:
+            raise ValueError(f"the {self.gate!r} gate passes everything, so it has no bits; use output='attention'")
+        check_images(x, name="inputs", channels=input_size_of(self.host)[0], device=host_device(self.host))
+        with frozen(self.forward_func) as host, torch.no_grad():
+            seen, place = self._observe(host, x, target, args, read=fitted)
+            if fitted and reference is None:
+                restriction, start = self.bottleneck.restriction, self.bottleneck.attend(seen).value
+            else:
+                restriction, start = self._restriction(host, place, reference, args), None
+            attention = optimise(restriction, seen, place.site.layout, settings, start)
+            size = (int(x.shape[2]), int(x.shape[3]))
+            if output == "attention":
+                return resize(attention, size)
+            bits = restriction.bits(seen, attention).clamp_min(0)
+            return spread(self.bottleneck.even(bits) if fitted else bits, size)
+
+    def _restriction(
+        self, host: nn.Module, place: Place, reference: Tensor | None = None, args: tuple[Any, ...] = ()
+    ) -> Restriction:
+        """The fitted restriction, or one whose statistics come from reference images, never from the explained ones."""
+        if reference is None and self.fitted:
+            return self.bottleneck.restriction
+        if reference is None and self._reference is not None and self._reference[0] == place:
+            return self._reference[1]
+        images = probe_images(REFERENCE_IMAGES, place.input_size, seed=7)
+        if reference is not None:
+            images = check_images(reference, name="reference")
+        batches = Batches(list(images.split(8)), self.seed)
+        found = estimate_statistics(
+            host, dataclasses.replace(place, deeper=()), batches, per_element=self.per_element, args=args
+        )
+        restriction = Restriction(self.gate, found.moments, found.side).to(host_device(host)).requires_grad_(False)
+        if reference is None:
+            self._reference = (place, restriction)
+        return restriction
+
+    def _plan(
+        self, host: nn.Module, x: Tensor, target: Target, args: tuple[Any, ...], attention: float | Tensor | None
+    ) -> tuple[Restriction, Observation, Layout, Tensor]:
+        """What `restrict` needs for one forward pass."""
+        with torch.no_grad():
+            seen, place = self._observe(host, x, target, args, read=attention is None)
+            restriction = self._restriction(host, place, args=args)
+            if attention is None:
+                value = self.bottleneck.attend(seen).value
+            else:
+                value = torch.as_tensor(attention, dtype=torch.float32, device=x.device)
+                if value.ndim not in (0, 4) or value.min() < 0 or value.max() > 1:
+                    raise ValueError(f"attention must be a number or (B, 1, h, w) in [0, 1], got {tuple(value.shape)}")
+                value = value.expand(len(x), 1, *place.site.grid)
+        return restriction, seen, place.site.layout, value
+
+
+def _size(x: Tensor) -> tuple[int, int, int]:
+    return int(x.shape[1]), int(x.shape[2]), int(x.shape[3])
+
+
+def _source(data: Any) -> str:
+    """A line that tells where the training images came from."""
+    dataset = getattr(data, "dataset", None)
+    root = getattr(dataset, "root", None) or getattr(getattr(dataset, "reader", None), "root", None)
+    kind = type(data).__name__ if dataset is None else f"{type(data).__name__} over {type(dataset).__name__}"
+    return f"{kind} at {root}" if root else kind

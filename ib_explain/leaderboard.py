@@ -1,0 +1,137 @@
+"""What a benchmark hands back: the standings, as text, as files, as a page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ib_explain.figures import plots
+from ib_explain.report import Pictures, case_metric, write_report
+from ib_explain.results import RunStore, write_atomically
+from ib_explain.rows import CurveBatch, Row
+from ib_explain.summary import CurveSummary, Extreme, MetricFacts, Summary, extremes, summarise, summarise_curves
+from ib_explain.tables import csv_table, json_summary, markdown_tables, text_table
+
+__all__ = ["Leaderboard"]
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """How methods stand under metrics. `print(board)` shows the table; `save` writes files and a page.
+
+    Made by `ib_explain.benchmark`, or from a run folder by `Leaderboard.read`.
+    """
+
+    summary: Summary
+    """Means, intervals, differences and ranks, to compute with."""
+    rows: Sequence[Row] = field(repr=False)
+    """Every image under every method and metric."""
+    curves: Sequence[CurveBatch] = field(repr=False)
+    """The whole curves behind insertion, deletion and the like, image by image."""
+    store: RunStore = field(repr=False)
+    """Where the run lies."""
+    pictures: Pictures = field(default_factory=Pictures, repr=False)
+    """For the page: maps of the same images under all methods, and of the extreme cases."""
+
+    @classmethod
+    def of(
+        cls,
+        store: RunStore,
+        *,
+        reference: str | None = None,
+        metrics: Sequence[MetricFacts] | None = None,
+        pictures: Pictures | None = None,
+    ) -> Leaderboard:
+        """The standings of a run, also of an unfinished one (its finished batches).
+
+        The run's settings must hold "methods" (a dict by name, in the user's order) and, unless `metrics` is given,
+        "metrics" (a dict by name of dicts with family, unit, higher_is_better, protocol); its "seed" is also that of
+        the bootstrap.
+
+        Args:
+            store: the run.
+            reference: the method that others are held against; None is the one that the run's info names, if any.
+            metrics: those to show; None is all that the run's settings name.
+            pictures: see the field.
+
+        Raises:
+            ValueError: no finished batch, an unknown reference or metric.
+        """
+        settings, rows = store.run["settings"], store.rows()
+        if not rows:
+            raise ValueError(f"the run in {store.folder} has no finished batch yet")
+        summary = summarise(
+            rows,
+            metrics or [_facts(name, told) for name, told in settings["metrics"].items()],
+            reference or store.run["info"].get("reference"),
+            methods=list(settings["methods"]),
+            seed=settings.get("seed", 0),
+        )
+        return cls(summary, rows, store.curves(), store, pictures or Pictures())
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str], *, reference: str | None = None) -> Leaderboard:
+        """The standings of what `benchmark(..., out=folder)` wrote; neither the model nor the data is needed.
+
+        Raises:
+            ValueError: no run there, no finished batch, an unknown reference.
+        """
+        return cls.of(RunStore.read(folder), reference=reference)
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """What was run: the content of run.json."""
+        return self.store.run
+
+    def table(self, *, width: int | None = None) -> str:
+        """The scores as plain text, in blocks as wide as `width` characters (None: the terminal)."""
+        return text_table(self.summary, width=width)
+
+    def to_markdown(self) -> str:
+        """Scores, paired differences and ranks as GitHub Markdown."""
+        return markdown_tables(self.summary)
+
+    def to_csv(self) -> str:
+        """One line for each method and metric, in full precision."""
+        return csv_table(self.summary)
+
+    def to_json(self) -> str:
+        """The whole summary as JSON; null where there is no number."""
+        return json_summary(self.summary)
+
+    def mean_curves(self) -> list[CurveSummary]:
+        """The curves behind insertion, deletion and the like, averaged over images, with pointwise intervals."""
+        return summarise_curves(self.curves, confidence=self.summary.confidence, seed=self.summary.seed)
+
+    def extremes(self, count: int = 3) -> dict[str, tuple[list[Extreme], list[Extreme]]]:
+        """Each method's best and worst images, by the first metric that is not a cost: those the report shows."""
+        return extremes(self.rows, case_metric(self.summary), count=count)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write tables, figures and report.html into `folder`, with the rows if they are not there; return the page.
+
+        Raises:
+            ValueError: the folder is a file, or holds another run, more of this run, or results of unknown origin;
+                nothing is written then.
+        """
+        path = Path(folder)
+        self.store.copy_to(path)
+        curves = self.mean_curves()
+        (path / "figures").mkdir(exist_ok=True)
+        for plot in plots(self.summary, curves):
+            write_atomically(path / "figures" / f"{plot.name}.png", plot.png())
+        for kind, text in (("csv", self.to_csv()), ("json", self.to_json()), ("md", self.to_markdown())):
+            write_atomically(path / f"summary.{kind}", text)
+        page = path / "report.html"
+        write_report(page, self.summary, self.run, curves=curves, rows=self.rows, pictures=self.pictures)
+        return page
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def _facts(name: str, told: Mapping[str, Any]) -> MetricFacts:
+    return MetricFacts(name, told["family"], told["unit"], told["higher_is_better"], told.get("protocol", ""))

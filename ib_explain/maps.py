@@ -1,0 +1,31 @@
+"""Operations on maps: resizing, ranking. Maps are (B, H, W) or (B, 1, H, W) float tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["pixel_order", "resize", "spread"]
+
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize of (B, 1, h, w) to (B, 1, *size), corners not aligned: values keep their scale."""
+    return F.interpolate(maps.float(), size=size, mode="bilinear", align_corners=False)
+
+
+def spread(amounts: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize of non-negative amounts (B, 1, h, w) that keeps each image's sum.
+
+    A density per grid position becomes a density per pixel: a map in bits sums to the same bits at any size.
+    """
+    fine = resize(amounts, size)
+    total, spread_total = amounts.float().sum(dim=(1, 2, 3)), fine.sum(dim=(1, 2, 3))
+    # Bilinear weights keep the sum only for whole ratios; the rest is corrected per image. 0/0 is an empty map.
+    factor = torch.where(spread_total > 0, total / spread_total.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+    return fine * factor[:, None, None, None]
+
+
+def pixel_order(maps: Tensor) -> Tensor:
+    """Pixels by falling value, ties by pixel index: (B, H, W) -> (B, H*W) int64, the same on every device."""
+    return torch.argsort(maps.flatten(1), dim=1, descending=True, stable=True)

@@ -1,0 +1,241 @@
+"""From a batch of images to the rows of a benchmark: maps, scores of the maps, or why there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ib_explain.contenders import Contender
+from ib_explain.hooks import host_device
+from ib_explain.methods.base import NotApplicable
+from ib_explain.metrics import Case, Curve, Metric, Probe, centred_gaussian, register_metric
+from ib_explain.metrics.cost import Cost, measure_cost
+from ib_explain.metrics.perturbation import deletion_curve, insertion_curve
+from ib_explain.metrics.sanity import Explain
+from ib_explain.progress import Progress
+from ib_explain.rows import CurveBatch, Row
+from ib_explain.samples import ImageBatch
+
+__all__ = ["Measure", "on_host"]
+
+CURVES: dict[str, Callable[[Case], Curve]] = {"insertion": insertion_curve, "deletion": deletion_curve}
+"""Metrics whose whole curves are kept."""
+COST_IMAGES, COST_ROUNDS = 8, 3  # the cost of a method is that of the first images, not of each
+
+
+class Outcome(NamedTuple):
+    """What a metric said of a method's maps."""
+
+    values: list[float]
+    status: str = "ok"
+    reason: str = ""
+    curve: Curve | None = None
+
+
+class Measure:
+    """Measures batches: all methods, all metrics, on the same images and classes.
+
+    Args:
+        host: frozen by the caller.
+        contenders: the methods.
+        metrics: a metric of the family "cost" is measured on the first images of batch 0 alone.
+        by_label: explain the labels instead of the host's top-1.
+        classes: number of the host's classes.
+        layer, batch_size, seed: as for `benchmark`.
+        fixations: of all images, where a metric asks for those of other images.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        contenders: Sequence[Contender],
+        metrics: Sequence[Metric],
+        *,
+        by_label: bool,
+        classes: int,
+        layer: str | nn.Module | None,
+        batch_size: int | None,
+        seed: int,
+        fixations: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.host, self.contenders, self.metrics = host, contenders, metrics
+        self.by_label, self.classes = by_label, classes
+        self.layer, self.batch_size, self.seed = layer, batch_size, seed
+        self._others = None if fixations is None else _Others(fixations)
+
+    def __call__(self, batch: ImageBatch, progress: Progress) -> tuple[list[Row], list[CurveBatch]]:
+        """The rows of a batch, none if only the cost is asked and known, and the curves behind some of them.
+
+        Raises:
+            IndexError: a label that is no class of the host.
+            ValueError: no labels where they are explained.
+        """
+        rows: list[Row] = []
+        curves: list[CurveBatch] = []
+        shared = self._case(batch)
+        for contender in self.contenders:
+            for metric, outcome in self._outcomes(contender, shared, with_cost=batch.number == 0).items():
+                # The cost has fewer values than the batch has images.
+                for image, name, value in zip(batch.images, batch.names, outcome.values, strict=False):
+                    rows.append(Row(image, name, contender.name, metric, value, outcome.status, outcome.reason))
+                if outcome.curve is not None:
+                    fractions, scores = outcome.curve.fractions.cpu().numpy(), outcome.curve.scores.cpu().numpy()
+                    images = np.asarray(batch.images)
+                    curves.append(CurveBatch(contender.name, metric, images, fractions, scores))
+            progress.step(len(batch.images))
+        return rows, curves
+
+    def maps_of(self, contender: Contender, batch: ImageBatch) -> tuple[Tensor, Tensor] | None:
+        """Maps of a method and the classes (B,) that they explain; None where the method fails or does not apply."""
+        case = self._case(batch)
+        assert case.x is not None
+        try:
+            return self._explain(contender)(self.host, case.x, case.probe.target), case.probe.target
+        except Exception as error:
+            _problem(error)
+            return None
+
+    def _outcomes(self, contender: Contender, shared: Case, *, with_cost: bool) -> dict[str, Outcome]:
+        x, target, explain = shared.probe.x, shared.probe.target, self._explain(contender)
+        metrics = [metric for metric in self.metrics if with_cost or metric.family != "cost"]
+        if not metrics:
+            return {}
+        try:
+            maps = explain(self.host, x, target)
+        except Exception as error:
+            return {metric.name: _none(_measured(metric, len(x)), error) for metric in metrics}
+        case = replace(shared, maps=maps, target=target, explain=explain)
+        vars(case)["probe"] = shared.probe  # what the host says of the intact and the filled images holds for all maps
+        first = slice(COST_IMAGES)
+        small = Case(self.host, x[first], maps[first], target[first], explain, batch_size=self.batch_size)
+        found = {}
+        for metric in metrics:
+            count = _measured(metric, len(x))
+            try:
+                values = metric(small if metric.family == "cost" else case)
+                if tuple(values.shape) != (count,):
+                    raise ValueError(f"metric {metric.name!r} must return {count} scores, got {tuple(values.shape)}")
+                curve = CURVES[metric.name](case) if metric.name in CURVES else None
+                found[metric.name] = Outcome(values.tolist(), curve=curve)
+            except Exception as error:
+                found[metric.name] = _none(count, error)
+        return found
+
+    def _explain(self, contender: Contender) -> Explain:
+        def explain(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+            return contender.explain(model, x, target, layer=self.layer, seed=self.seed, batch_size=self.batch_size)
+
+        return explain
+
+    def _case(self, batch: ImageBatch) -> Case:
+        """The batch on the host's device, with no maps yet."""
+        self._check_labels(batch)
+        x = on_host(batch.x, self.host)
+
+        def here(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(x.device)
+
+        return Case(
+            model=self.host,
+            x=x,
+            target=here(batch.labels) if self.by_label else None,
+            masks=here(batch.masks),
+            density=here(batch.density),
+            fixations=None if batch.fixations is None else [points.to(x.device) for points in batch.fixations],
+            other=None if self._others is None else [self._others.of(image).to(x.device) for image in batch.images],
+            baseline=centred_gaussian((x.shape[2], x.shape[3]), device=x.device),
+            seed=self.seed,
+            batch_size=self.batch_size,
+        )
+
+    def _check_labels(self, batch: ImageBatch) -> None:
+        if batch.labels is None:
+            if self.by_label:
+                raise ValueError(f"target='label' needs labels, which batch {batch.number} of the data does not have")
+            return
+        for name, label in zip(batch.names, batch.labels.tolist(), strict=True):
+            if label >= self.classes:
+                raise IndexError(
+                    f"label {label} of {name!r} is out of range for a model with {self.classes} classes; "
+                    "data and model do not belong together"
+                )
+
+
+class _Others:
+    """Fixations on all images but one, made when they are asked for."""
+
+    def __init__(self, fixations: Sequence[Tensor]) -> None:
+        self._all = torch.cat(list(fixations))
+        self._starts = [0]
+        for points in fixations:
+            self._starts.append(self._starts[-1] + len(points))
+
+    def of(self, image: int) -> Tensor:
+        return torch.cat([self._all[: self._starts[image]], self._all[self._starts[image + 1] :]])
+
+
+def on_host(x: Tensor, host: nn.Module) -> Tensor:
+    """Images in the host's precision, on its device."""
+    dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float32)
+    return x.to(host_device(host), dtype)
+
+
+def _measured(metric: Metric, images: int) -> int:
+    """How many of a batch's images a metric is measured on."""
+    return min(images, COST_IMAGES) if metric.family == "cost" else images
+
+
+def _none(count: int, error: Exception) -> Outcome:
+    return Outcome([float("nan")] * count, *_problem(error))
+
+
+def _problem(error: Exception) -> tuple[str, str]:
+    """Status and reason of a cell. What says nothing about the method is raised again: lack of memory, a dead GPU."""
+    broken = getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError)
+    no_memory = isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch's error on the CPU
+    if no_memory or isinstance(error, MemoryError | torch.cuda.OutOfMemoryError | broken):
+        raise error
+    if isinstance(error, NotApplicable):
+        return "not_applicable", str(error) or "not applicable"
+    return "failed", f"{type(error).__name__}: {error}"
+
+
+def _cost(probe: Probe, _maps: Tensor | None, explain: Explain) -> Cost:
+    return measure_cost(probe.model, probe.x, explain, probe.target, rounds=COST_ROUNDS)
+
+
+def _file_cost(name: str, unit: str, read: Callable[[Cost], float], summary: str) -> None:
+    def score(case: Case) -> Tensor:
+        cost = case.once(_cost, explain=case.explain)
+        return torch.full((len(case.probe.x),), read(cost))
+
+    score.__doc__ = summary
+    register_metric(name, family="cost", unit=unit, higher_is_better=False, needs=("model", "explain"))(score)
+
+
+_file_cost(
+    "time",
+    "times a forward pass",
+    lambda cost: cost.time_ratio,
+    "Wall time for a map in plain forward passes of the same images, median of three rounds.",
+)
+_file_cost(
+    "forward_passes", "passes", lambda cost: cost.forwards, "Forward passes for a map, counted by their arithmetic."
+)
+_file_cost(
+    "backward_passes",
+    "passes",
+    lambda cost: cost.backwards,
+    "Backward passes for a map, counted by their arithmetic; 1 reaches from the logit to the image.",
+)
+_file_cost(
+    "memory",
+    "times a forward pass",
+    lambda cost: cost.memory_ratio,
+    "Peak memory for maps in that of a plain forward pass of the same images.",
+)

@@ -1,0 +1,41 @@
+"""Attribution methods, one small file each; importing this package fills the registry."""
+
+from ib_explain.methods import (
+    am,
+    attention_rollout,
+    br_npa,
+    captum_methods,
+    controls,
+    eigen_cam,
+    grad_cam,
+    grad_cam_pp,
+    hires_cam,
+    ib,
+    iba,
+    layer_cam,
+    rise,
+    score_cam,
+)
+from ib_explain.methods.base import METHODS, Call, Method, NotApplicable, register_method
+
+__all__ = [
+    "METHODS",
+    "Call",
+    "Method",
+    "NotApplicable",
+    "am",
+    "attention_rollout",
+    "br_npa",
+    "captum_methods",
+    "controls",
+    "eigen_cam",
+    "grad_cam",
+    "grad_cam_pp",
+    "hires_cam",
+    "ib",
+    "iba",
+    "layer_cam",
+    "register_method",
+    "rise",
+    "score_cam",
+]

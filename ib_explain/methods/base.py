@@ -1,0 +1,91 @@
+"""What an attribution method is: a frozen dataclass whose fields are its options, called with a `Call`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ib_explain.hooks import run_host
+from ib_explain.registry import Registry
+from ib_explain.targets import Target, resolve_target
+
+__all__ = ["METHODS", "Call", "Method", "NotApplicable", "register_method"]
+
+ROWS = 32  # of one forward pass where the user leaves it to the method
+
+
+class NotApplicable(ValueError):
+    """The method cannot run on this model; the message says why. A benchmark lists it as not applicable."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request for maps.
+
+    Attributes:
+        model: the host, unwrapped and frozen (eval mode, no parameter gradients) for the time of the call.
+        x: checked images (B, 3, H, W), at most `batch_size` of them.
+        target: as the user gave it, cut to these images; `resolve_target` turns it into classes.
+        layer: as the user gave it, or None for the method's own default.
+        seed: of everything random.
+        batch_size: rows in one forward pass at most; None leaves it to the method. Never changes the result.
+    """
+
+    model: nn.Module
+    x: Tensor
+    target: Target
+    layer: str | nn.Module | None
+    seed: int
+    batch_size: int | None
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(3, H, W)."""
+        return (int(self.x.shape[1]), int(self.x.shape[2]), int(self.x.shape[3]))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the maps."""
+        return self.input_size[1:]
+
+    @property
+    def copies_per_pass(self) -> int:
+        """How many variants of all images fit into one forward pass, at least one."""
+        return max(1, (self.batch_size or max(len(self.x), ROWS)) // len(self.x))
+
+    def classes(self) -> Tensor:
+        """Explained classes (B,); costs one forward pass unless the target is resolved already."""
+        if isinstance(self.target, Tensor) and self.target.shape == self.x.shape[:1] and int(self.target.min()) >= 0:
+            return self.target
+        with torch.no_grad():
+            return resolve_target(self.target, run_host(self.model, self.x))
+
+    def refuse_layer(self, name: str) -> None:
+        """For methods that look at the input alone: a layer is a ValueError, not silently unused."""
+        if self.layer is not None:
+            layer = self.layer if isinstance(self.layer, str) else type(self.layer).__name__
+            raise ValueError(f"method {name!r} takes no layer, got {layer!r}")
+
+
+class Method(Protocol):
+    """Makes maps. The class docstring's first line is what tables and `available_methods` show."""
+
+    unit: str
+    "What the values are, for colour bars: 'bits', 'gradient x feature', ..."
+
+    def __call__(self, call: Call) -> Tensor:
+        """Maps (B, 1, H, W) at the input's resolution, float32, detached."""
+
+
+METHODS: Registry[Callable[..., Any]] = Registry("method")
+
+M = TypeVar("M", bound=Callable[..., Any])
+
+
+def register_method(name: str) -> Callable[[M], M]:
+    """Decorator: file a method's dataclass under a name, for `attribute`, `benchmark` and the command line."""
+    return METHODS.register(name)  # type: ignore[return-value]

@@ -1,0 +1,138 @@
+"""What a metric is given (`Case`), what a curve is (`Curve`), and where metrics are filed (`METRICS`).
+
+To add one: a function from a `Case` to scores (B,), NaN where undefined, under `register_metric`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from ib_explain.metrics.probe import Probe
+from ib_explain.registry import Registry
+from ib_explain.targets import Target
+
+__all__ = ["METRICS", "NEEDS", "Case", "Curve", "Metric", "register_metric"]
+
+NEEDS = ("model", "maps", "explain", "masks", "density", "fixations", "other", "baseline")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The host's score of the target class while an image is taken apart or put together."""
+
+    fractions: Tensor
+    """(S+1,) float32 in [0, 1]: share of the pixels (or tiles) that were replaced or, for insertion, put back."""
+    scores: Tensor
+    """(B, S+1) float32, end points included."""
+    auc: Tensor
+    """(B,) float32: one number an image; the function that made the curve says by which rule."""
+    tied: Tensor
+    """(B,) float32 in [0, 1]: share of pixels (or tiles) whose value another has too, so that their order is
+    arbitrary (by pixel index)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of images with their maps: all that any metric may ask for.
+
+    What several metrics share (the host's scores of the intact and of the fully replaced images, whole curves) is
+    computed once per case.
+    """
+
+    model: nn.Module | None = None
+    """The host; None where only metrics without it are asked."""
+    x: Tensor | None = None
+    """(B, C, H, W) normalised images."""
+    maps: Tensor | None = None
+    """(B, 1, H, W) or (B, H, W)."""
+    target: Target = None
+    """The explained classes; None is the host's top-1."""
+    explain: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+    """The method itself, (model, x, target) -> maps, for metrics that explain perturbed images."""
+    masks: Tensor | None = None
+    """(B, 1, H, W) bool, where the object is."""
+    density: Tensor | None = None
+    """(B, 1, H, W), a human fixation density."""
+    fixations: Sequence[Tensor] | None = None
+    """B tensors (n_i, 2), human fixation points as (x, y) in pixels."""
+    other: Sequence[Tensor] | None = None
+    """B tensors (n_i, 2), fixations on other images, for shuffled measures."""
+    baseline: Tensor | None = None
+    """(B, 1, H, W) or (1, 1, H, W), the density (a centre bias) that information gain is held against."""
+    seed: int = 0
+    batch_size: int | None = None
+    """Images in one forward pass, see `Probe`."""
+    _memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if (self.model is None) != (self.x is None):
+            raise ValueError("give model and x together, or neither")
+
+    def has(self, need: str) -> bool:
+        """Whether this case holds what a metric's `needs` names."""
+        return getattr(self, need) is not None
+
+    @cached_property
+    def probe(self) -> Probe:
+        """The host with these images and targets, asked once about what several metrics share."""
+        if self.model is None or self.x is None:
+            raise ValueError("this metric needs the model and its images, and the case holds none")
+        return Probe(self.model, self.x, self.target, batch_size=self.batch_size)
+
+    def once(self, function: Callable[..., Any], **settings: Any) -> Any:
+        """Return `function(probe, maps, **settings)`, computed the first time only."""
+        key = (function, *sorted(settings.items()))
+        if key not in self._memo:
+            self._memo[key] = function(self.probe, self.maps, **settings)
+        return self._memo[key]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the registry: called with a `Case`, it returns scores (B,) float32, NaN where undefined."""
+
+    name: str
+    family: str
+    """"perturbation", "localisation", "human", "robustness" or "complexity"."""
+    unit: str
+    higher_is_better: bool
+    needs: tuple[str, ...]
+    """The fields of `Case` it reads, of `NEEDS`."""
+    score: Callable[[Case], Tensor]
+
+    def __post_init__(self) -> None:
+        # The registry lists entries by their docstring: the function's, not this class's.
+        object.__setattr__(self, "__doc__", self.score.__doc__)
+
+    def __call__(self, case: Case) -> Tensor:
+        missing = [need for need in self.needs if not case.has(need)]
+        if missing:
+            raise ValueError(f"metric {self.name!r} needs {', '.join(self.needs)}; the case lacks {', '.join(missing)}")
+        return self.score(case)
+
+
+METRICS: Registry[Metric] = Registry("metric")
+
+
+def register_metric(
+    name: str, *, family: str, unit: str, higher_is_better: bool, needs: tuple[str, ...] = ("model", "maps")
+) -> Callable[[Callable[[Case], Tensor]], Callable[[Case], Tensor]]:
+    """Decorator that files a function from a `Case` to scores (B,) under `name`; its first doc line is the summary.
+
+    Raises:
+        ValueError: a second owner of the name, or a need that `Case` does not have.
+    """
+    unknown = [need for need in needs if need not in NEEDS]
+    if unknown:
+        raise ValueError(f"metric {name!r} needs {unknown[0]!r}, which a Case has not; known: {', '.join(NEEDS)}")
+
+    def file(score: Callable[[Case], Tensor]) -> Callable[[Case], Tensor]:
+        METRICS.register(name)(Metric(name, family, unit, higher_is_better, needs, score))
+        return score
+
+    return file

@@ -1,0 +1,102 @@
+"""The host's score of one class per image, for any number of perturbed copies, `batch_size` at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ib_explain.checks import check_images, check_maps, check_positive_int, did_you_mean
+from ib_explain.hooks import frozen, host_device, run_host
+from ib_explain.perturb import fill_images
+from ib_explain.targets import Target, resolve_target, target_scores
+
+__all__ = ["SCORES", "Probe"]
+
+SCORES = ("probability", "logit")
+
+
+class Probe:
+    """Images, their target class and the host, asked again and again.
+
+    The intact images and each fully replaced one are scored once, however many curves end there. The host is used in
+    eval mode, without gradients, and handed back as it came after every question.
+
+    Args:
+        model: the host, (b, C, H, W) -> (b, K) logits.
+        x: (B, C, H, W), on the host's device.
+        target: the class whose score is read; None is the host's top-1 on the intact images.
+        batch_size: number of images in one forward pass; None is B, at least 32. It bounds the memory whatever the
+            number of perturbed images, and changes no result.
+
+    Attributes:
+        target: (B,) int64, the classes that were resolved.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, target: Target = None, *, batch_size: int | None = None) -> None:
+        self.model = model
+        self.x = check_images(x, device=host_device(model)).detach()
+        self.batch_size = max(len(x), 32) if batch_size is None else check_positive_int(batch_size, "batch_size")
+        self._filled: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        with frozen(model) as host, torch.no_grad():
+            logits = torch.cat([run_host(host, images).float() for images in self.x.split(self.batch_size)])
+        self.target = resolve_target(target, logits)
+        self._intact = _both(logits, self.target)
+
+    def check_maps(self, maps: Tensor | None) -> Tensor:
+        """Return maps of these images as (B, H, W) float32 on their device, or raise as `checks.check_maps` does."""
+        return check_maps(maps, size=(self.x.shape[2], self.x.shape[3]), batch=len(self.x)).to(self.x.device)
+
+    def intact(self, score: str = "probability") -> Tensor:
+        """Scores of the images as they are, (B,) float32."""
+        return self._intact[_column(score)]
+
+    def filled(self, fill: str | Tensor, score: str = "probability", *, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Fully replaced images (B, C, H, W), see `perturb.fill_images`, and their scores (B,) float32."""
+        column = _column(score)
+        if isinstance(fill, str) and (fill, seed) in self._filled:
+            images, scores = self._filled[fill, seed]
+            return images, scores[column]
+        images = fill_images(self.x, fill, seed=seed)
+        scores = self._ask(1, lambda image, _: images[image])[:, :, 0]
+        if isinstance(fill, str):
+            self._filled[fill, seed] = images, scores
+        return images, scores[column]
+
+    def scores(self, settings: int, perturb: Callable[[Tensor, Tensor], Tensor], score: str = "probability") -> Tensor:
+        """Score every image under every setting.
+
+        Args:
+            settings: number S of perturbed copies of an image.
+            perturb: called with the image index and the setting index of each copy, both (b,) int64; returns the
+                copies, (b, C, H, W). The setting index never falls from one call to the next.
+            score: "probability" (softmax) or "logit".
+
+        Returns:
+            (B, S) float32.
+        """
+        return self._ask(settings, perturb)[_column(score)]
+
+    def _ask(self, settings: int, perturb: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        images = len(self.x)
+        if not settings:  # a curve of one step has only its end points
+            return self._intact.new_empty(len(SCORES), images, 0)
+        jobs = torch.arange(settings * images, device=self.x.device)
+        both = []
+        with frozen(self.model) as host, torch.no_grad():
+            for chunk in jobs.split(self.batch_size):
+                image, setting = chunk % images, chunk // images
+                both.append(_both(run_host(host, perturb(image, setting)), self.target[image]))
+        return torch.cat(both, dim=1).view(len(SCORES), settings, images).transpose(1, 2)
+
+
+def _both(logits: Tensor, target: Tensor) -> Tensor:
+    logits = logits.float()
+    return torch.stack([target_scores(logits.softmax(dim=1), target), target_scores(logits, target)])
+
+
+def _column(score: str) -> int:
+    if score not in SCORES:
+        raise ValueError(f"unknown score {score!r}{did_you_mean(str(score), SCORES)}")
+    return SCORES.index(score)

@@ -1,0 +1,207 @@
+"""Captum's infidelity and maximum sensitivity, on batches, seeded, with one number per image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ib_explain.checks import check_maps, check_positive_int
+from ib_explain.hooks import frozen, run_host
+from ib_explain.metrics.base import Case, register_metric
+from ib_explain.metrics.probe import Probe
+from ib_explain.targets import Target
+
+__all__ = ["infidelity", "max_sensitivity"]
+
+
+def infidelity(
+    model: nn.Module,
+    x: Tensor,
+    maps: Tensor,
+    target: Target = None,
+    *,
+    samples: int = 50,
+    normalize: bool = True,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Squared error of the map as a forecast of what hiding a square costs the target's logit. Lower is better.
+
+    Yeh et al. 2019 (arXiv 1901.09392, definition 2.1), computed by Captum, with squares set to 0: of side 1 to 10/28
+    of the image's shorter side (their range on 28 x 28 digits), anywhere. The map's sum over the square stands against
+    the fall of the logit.
+
+    Args:
+        model: the host.
+        x: (B, C, H, W), normalised.
+        maps: (B, 1, H, W) or (B, H, W).
+        target: the explained classes; None is the host's top-1 on the intact images.
+        samples: squares, the same for all images.
+        normalize: scale each map by the factor that forecasts best, as maps have no common unit.
+        seed: of the squares.
+        batch_size: images in one forward pass, see `Probe`.
+
+    Returns:
+        (B,) float32, >= 0, in squared logits. A map of zeros forecasts nothing and gets the mean squared fall itself.
+    """
+    return _infidelity(Probe(model, x, target, batch_size=batch_size), maps, samples, normalize, seed)
+
+
+def max_sensitivity(
+    model: nn.Module,
+    x: Tensor,
+    explain: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    target: Target = None,
+    *,
+    samples: int = 10,
+    radius: float = 0.02,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Largest relative change of the map when the image changes a little. Lower is better.
+
+    Yeh et al. 2019 (arXiv 1901.09392, definition 4.1), computed by Captum: the largest Euclidean norm of the map's
+    change over images drawn from a box around x, by the norm of the map itself. The class stays that of the intact
+    image. A method that draws at random must fix its seed, or its own noise is measured too.
+
+    Args:
+        model: the host.
+        x: (B, C, H, W), normalised.
+        explain: the method, (model, x, target (b,)) -> maps (b, 1, H, W) or (b, H, W). Called 1 + samples times an
+            image.
+        target: the explained classes; None is the host's top-1 on the intact images.
+        samples: perturbed copies of an image, with the same noise for all images.
+        radius: half the side of the box, in normalised units.
+        seed: of the noise.
+        batch_size: images in one call of `explain`, see `Probe`.
+
+    Returns:
+        (B,) float32, >= 0; NaN where the map of the intact image is all zero.
+    """
+    return _max_sensitivity(Probe(model, x, target, batch_size=batch_size), None, explain, samples, radius, seed)
+
+
+def _infidelity(probe: Probe, maps: Tensor | None, samples: int, normalize: bool, seed: int) -> Tensor:
+    from captum.metrics import infidelity as captum_infidelity
+
+    maps = probe.check_maps(maps)
+    samples = check_positive_int(samples, "samples")
+    channels, height, width = probe.x.shape[1:]
+    squares = _squares(samples, height, width, seed).to(probe.x.device)
+    scores = []
+    with frozen(probe.model) as host:
+        for images, attributions, target in _groups(probe, probe.x, maps, probe.target):
+            scores.append(
+                captum_infidelity(
+                    lambda copies: run_host(host, copies).float(),
+                    _Draws(squares, len(images)).hide,
+                    images,
+                    # The map counts once a pixel, whatever the number of channels.
+                    (attributions[:, None] / channels).expand_as(images).to(images),
+                    target=target,
+                    n_perturb_samples=samples,
+                    max_examples_per_batch=_copies_at_once(probe, len(images), samples),
+                    normalize=normalize,
+                )
+            )
+    return torch.cat(scores).float()
+
+
+def _max_sensitivity(
+    probe: Probe,
+    _: Tensor | None,
+    explain: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    samples: int,
+    radius: float,
+    seed: int,
+) -> Tensor:
+    from captum.metrics import sensitivity_max
+
+    samples = check_positive_int(samples, "samples")
+    if not radius > 0:
+        raise ValueError(f"radius must be > 0, in normalised units, got {radius}")
+    noise = torch.rand(samples, *probe.x.shape[1:], generator=torch.Generator().manual_seed(seed))
+    noise = radius * (2 * noise - 1)
+    scores = []
+    for images, target in _groups(probe, probe.x, probe.target):
+        intact: list[Tensor] = []
+
+        def explained(
+            copies: Tensor | tuple[Tensor], target: Tensor, intact: list[Tensor] = intact
+        ) -> tuple[Tensor, ...]:
+            inputs = copies[0] if isinstance(copies, tuple) else copies  # Captum calls with a tuple first
+            found = explain(probe.model, inputs, target.expand(len(inputs)))
+            found = check_maps(found, batch=len(inputs)).contiguous()
+            intact.append(found)
+            return (found,)
+
+        score = sensitivity_max(
+            explained,
+            images,
+            _Draws(noise, len(images)).shake,
+            n_perturb_samples=samples,
+            max_examples_per_batch=_copies_at_once(probe, len(images), samples),
+            target=target,
+        )
+        empty = intact[0].flatten(1).norm(dim=1) == 0  # which Captum divides by 1 instead
+        scores.append(score.float().masked_fill(empty, torch.nan))
+    return torch.cat(scores)
+
+
+class _Draws:
+    """The same perturbations for all images, in the order in which Captum asks: image 0 n times, image 1, ..."""
+
+    def __init__(self, draws: Tensor, images: int) -> None:
+        self.draws, self.images, self.taken = draws, images, 0
+
+    def hide(self, copies: Tensor) -> tuple[Tensor, Tensor]:
+        """What is taken away, and what is left of the copies, for draws of 0 and 1."""
+        hidden = self._next(copies).expand_as(copies)
+        return hidden, copies * (1 - hidden)
+
+    def shake(self, copies: Tensor) -> Tensor:
+        """The copies plus the draws."""
+        return copies + self._next(copies)
+
+    def _next(self, copies: Tensor) -> Tensor:
+        count = len(copies) // self.images
+        draws = self.draws[self.taken : self.taken + count]
+        self.taken += count
+        return draws.to(copies).repeat(self.images, 1, 1, 1)
+
+
+def _squares(samples: int, height: int, width: int, seed: int) -> Tensor:
+    """Random squares as masks (samples, 1, H, W) of 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    side, top, left = torch.rand(3, samples, 1, generator=generator)
+    largest = max(1, round(10 / 28 * min(height, width)))
+    side = 1 + (side * largest).long().clamp_max(largest - 1)
+    top, left = (top * (height - side + 1)).long(), (left * (width - side + 1)).long()
+    rows, columns = torch.arange(height), torch.arange(width)
+    inside = ((rows >= top) & (rows < top + side))[:, :, None] & ((columns >= left) & (columns < left + side))[:, None]
+    return inside[:, None].float()
+
+
+def _groups(probe: Probe, *tensors: Tensor) -> zip[tuple[Tensor, ...]]:
+    """Captum needs all images of a call in one pass: no more of them than the batch size."""
+    return zip(*(tensor.split(probe.batch_size) for tensor in tensors), strict=True)
+
+
+def _copies_at_once(probe: Probe, images: int, samples: int) -> int:
+    return min(max(probe.batch_size, images), images * samples)
+
+
+@register_metric("infidelity", family="perturbation", unit="squared logit", higher_is_better=False)
+def _infidelity_score(case: Case) -> Tensor:
+    """Infidelity: squared error of the best-scaled map as a forecast of the logit lost by hiding random squares."""
+    return case.once(_infidelity, samples=50, normalize=True, seed=case.seed)
+
+
+@register_metric(
+    "max_sensitivity", family="robustness", unit="relative change", higher_is_better=False, needs=("model", "explain")
+)
+def _max_sensitivity_score(case: Case) -> Tensor:
+    """Maximum sensitivity: largest relative change of the map when the image changes by at most 0.02."""
+    return case.once(_max_sensitivity, explain=case.explain, samples=10, radius=0.02, seed=case.seed)

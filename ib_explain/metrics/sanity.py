@@ -1,0 +1,358 @@
+"""Sanity: does the map depend on what it claims to explain, the host's weights, its labels, the class, and on no seed?
+
+These checks can reject a method, they cannot approve one: an uninformative map that changes with the weights passes the
+randomisation tests, and rank correlations of maps with large even regions are mostly those regions' noise. Read every
+figure beside those of the controls (`random`, `edges`, `center_gaussian`).
+
+`explain` is the method, (model, x, target (b,)) -> maps (b, 1, H, W) or (b, H, W). It must explain the model that it is
+given: one that is bound to another host, as a fitted bottleneck is, has to be fitted again inside of it, or its maps
+cannot follow the weights. A method that chooses its layer by the host's weights should be given the layer. Hosts are
+lent in eval mode without parameter gradients and handed back as they came.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from ib_explain.checks import check_maps
+from ib_explain.hooks import find_module, frozen, run_host
+from ib_explain.metrics.base import Case, register_metric
+from ib_explain.metrics.localisation import energy_inside
+from ib_explain.metrics.probe import Probe
+from ib_explain.metrics.similarity import rank_correlation, ssim
+from ib_explain.targets import Target, resolve_target
+
+__all__ = ["Explain", "Randomisation", "TargetSensitivity", "cascading_randomisation", "explained"]
+__all__ += ["label_randomisation", "randomisable_layers", "seed_correlation", "target_sensitivity"]
+
+Explain = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Randomisation:
+    """Similarity of the host's maps with those of the host whose layers up to this one were randomised."""
+
+    layers: tuple[str, ...]
+    """L names, in the order in which they were randomised; "" stands for parameters that the host itself holds."""
+    rank_correlation: Tensor
+    """(L, B) float32 in [-1, 1], Spearman; NaN where a map is constant or not finite."""
+    ssim: Tensor
+    """(L, B) float32 in [-1, 1]; NaN likewise."""
+
+
+@dataclass(frozen=True)
+class TargetSensitivity:
+    """How maps differ between two classes."""
+
+    change: Tensor
+    """(B,) float32 in [0, 2]: 1 - rank correlation of the two maps, 0 if the class changes nothing. NaN where one is
+    constant."""
+    towards: Tensor | None
+    """(B,) float32 in [-1, 1]: by how much the share of the positive energy on an object grows when the map is asked
+    for that object's class instead of the other's, mean of both objects. None without masks; NaN where a mask is empty
+    or a map has no positive value."""
+
+
+def cascading_randomisation(
+    model: nn.Module,
+    x: Tensor,
+    explain: Explain,
+    target: Target = None,
+    *,
+    layers: Sequence[str] | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Randomisation:
+    """Randomise layer after layer, from the output to the input, and compare each time with the host's own maps.
+
+    The cascading model parameter randomisation test of Adebayo et al. 2018 (arXiv 1810.03292, sec. 3.1). Similarity
+    should fall: a map that stays says nothing about what the host has learned. The explained class stays that of the
+    intact host. All happens on a deep copy, the host itself is not touched.
+
+    A module without children is initialised again by its own `reset_parameters`, batch norms with their running
+    statistics too; parameters held elsewhere (a class token, a position embedding, attention's joint projection) are
+    shuffled, which keeps their mean and deviation. The draws depend on the seed and the module's place in the host
+    alone, not on the device nor on the layers chosen.
+
+    Args:
+        model: the host.
+        x: (B, C, H, W), normalised, at least 11 pixels a side.
+        explain: the method, called 1 + L times an image.
+        target: the explained classes; None is the host's top-1 on the intact images.
+        layers: dotted names in the order of randomisation, a container stands for all that is inside; None is
+            `randomisable_layers`.
+        seed: of the new weights.
+        batch_size: images in one call of `explain`, see `Probe`.
+
+    Raises:
+        ValueError: no layers, or one that the host does not have.
+    """
+    probe = Probe(model, x, target, batch_size=batch_size)
+    names = randomisable_layers(model, probe.x) if layers is None else list(layers)
+    if not names:
+        raise ValueError("layers must name at least one layer with parameters, got none")
+    twin = _twin(model)
+    for name in filter(None, names):
+        find_module(twin, name)
+    intact = explained(explain, model, probe.x, probe.target, probe.batch_size)
+    ranks, structures = [], []
+    for name in names:
+        _randomise(twin, [name], seed)
+        maps = explained(explain, twin, probe.x, probe.target, probe.batch_size, finite=False)
+        ranks.append(rank_correlation(intact, maps))
+        structures.append(ssim(intact, maps))
+    return Randomisation(tuple(names), torch.stack(ranks), torch.stack(structures))
+
+
+def label_randomisation(
+    model: nn.Module,
+    other: nn.Module,
+    x: Tensor,
+    explain: Explain,
+    target: Target = None,
+    *,
+    batch_size: int | None = None,
+) -> Randomisation:
+    """Compare the host's maps with those of a host of the same kind that was trained on random labels.
+
+    The data randomisation test of Adebayo et al. 2018 (arXiv 1810.03292, sec. 4). The second host is the user's to
+    train; one whose head alone was drawn anew is a weaker stand-in. Both are asked for the same class.
+
+    Args:
+        model: the host.
+        other: the host with random labels, on the same device.
+        x, explain, target, batch_size: as for `cascading_randomisation`; target None is the top-1 of `model`.
+
+    Returns:
+        Randomisation of a single row, whose layer is called "labels".
+    """
+    probe = Probe(model, x, target, batch_size=batch_size)
+    intact = explained(explain, model, probe.x, probe.target, probe.batch_size)
+    maps = explained(explain, other, probe.x, probe.target, probe.batch_size, finite=False)
+    return Randomisation(("labels",), rank_correlation(intact, maps)[None], ssim(intact, maps)[None])
+
+
+def target_sensitivity(
+    model: nn.Module,
+    x: Tensor,
+    explain: Explain,
+    target: Target = None,
+    *,
+    other: Target = None,
+    masks: Tensor | None = None,
+    batch_size: int | None = None,
+) -> TargetSensitivity:
+    """Does the map change with the class, and does it move to that class's object? Higher is better.
+
+    The change is 1 - Spearman's rank correlation of the two maps. Where the picture shows an object of each class, the
+    change can be judged: with e(c, k) the share of the positive energy of the map for class c on object k
+    (`energy_inside`), `towards` is the mean of e(0, 0) - e(1, 0) and e(1, 1) - e(0, 1). The first is a plain
+    class-sensitivity check, the second the energy form of the pointing game on two-object images (cf. Zhang et al.
+    2018, arXiv 1608.00507, and the grid pointing game of Boehle et al. 2021, arXiv 2104.00032).
+
+    Args:
+        model: the host.
+        x: (B, C, H, W), normalised.
+        explain: the method, called twice an image.
+        target: the first class; None is the host's top-1.
+        other: the second class; None is the best scored one beside the first.
+        masks: (B, 2, H, W) bool, the objects of the first and of the second class.
+        batch_size: images in one call of `explain`, see `Probe`.
+
+    Raises:
+        ValueError: the two classes of an image are the same one, a host with a single class, masks of another shape.
+        TypeError: masks are not bool.
+    """
+    probe = Probe(model, x, target, batch_size=batch_size)
+    maps = explained(explain, model, probe.x, probe.target, probe.batch_size)
+    return _target_sensitivity(probe, maps, explain, other, masks)
+
+
+def seed_correlation(
+    model: nn.Module,
+    x: Tensor,
+    explains: Sequence[Explain],
+    target: Target = None,
+    *,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Rank correlation between the maps of one method under several seeds, mean over all pairs. Higher is better.
+
+    1 for a deterministic method. A map whose order of pixels is the seed's doing should not be read pixel by pixel.
+
+    Args:
+        model: the host.
+        x: (B, C, H, W), normalised.
+        explains: the method once for each seed, at least two; `functools.partial` binds a seed.
+        target: the explained classes; None is the host's top-1.
+        batch_size: images in one call of a method, see `Probe`.
+
+    Returns:
+        (B,) float32 in [-1, 1]; NaN where a map is constant.
+    """
+    if callable(explains) or len(explains) < 2:
+        came = type(explains).__name__ if callable(explains) else f"{len(explains)} of them"
+        raise ValueError(f"explains must be a sequence of two or more callables, one for each seed, got {came}")
+    probe = Probe(model, x, target, batch_size=batch_size)
+    maps = [explained(explain, model, probe.x, probe.target, probe.batch_size) for explain in explains]
+    return torch.stack([rank_correlation(first, second) for first, second in combinations(maps, 2)]).mean(0)
+
+
+def randomisable_layers(model: nn.Module, x: Tensor) -> list[str]:
+    """Layers with parameters, the last to finish in a forward pass first.
+
+    They are the children of the host; an `nn.Sequential` or `nn.ModuleList` is opened, so that stages give their
+    blocks. What holds parameters without being called comes behind them, and last "", the host's own parameters, if
+    any: together they are all parameters.
+
+    Args:
+        model: the host.
+        x: (B, C, H, W); its first image is run.
+    """
+    twin = _twin(model)
+    layers = {name: module for name, module in _opened("", twin) if next(module.parameters(), None) is not None}
+    finished: dict[str, None] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            finished.setdefault(name)
+
+        return hook
+
+    for name, module in layers.items():  # hooks of our own copy, which ends here
+        module.register_forward_hook(note(name))
+    with torch.no_grad(), frozen(twin):
+        run_host(twin, x[:1])
+    uncalled = [name for name in layers if name not in finished]
+    own = [""] if next(twin.parameters(recurse=False), None) is not None else []
+    return [*reversed(finished), *reversed(uncalled), *own]
+
+
+def explained(
+    explain: Explain, model: nn.Module, x: Tensor, target: Tensor, batch_size: int, *, finite: bool = True
+) -> Tensor:
+    """Maps (B, H, W) float32 of the lent host, `batch_size` images in one call; checked, finite unless told."""
+    maps = []
+    with frozen(model) as host:
+        for images, classes in zip(x.split(batch_size), target.split(batch_size), strict=True):
+            found = explain(host, images, classes)
+            size = (int(x.shape[2]), int(x.shape[3]))
+            maps.append(check_maps(found, size=size, batch=len(images), finite=finite).to(x.device))
+    return torch.cat(maps)
+
+
+def _target_sensitivity(
+    probe: Probe, maps: Tensor | None, explain: Explain, other: Target = None, masks: Tensor | None = None
+) -> TargetSensitivity:
+    first = probe.check_maps(maps)
+    if masks is not None:
+        _check_pairs(masks, probe.x)
+    classes = _other_classes(probe, other)
+    second = explained(explain, probe.model, probe.x, classes, probe.batch_size)
+    change = 1 - rank_correlation(first, second)
+    if masks is None:
+        return TargetSensitivity(change, None)
+    gains = [
+        energy_inside(asked, masks[:, k]) - energy_inside(unasked, masks[:, k])
+        for k, (asked, unasked) in enumerate(((first, second), (second, first)))
+    ]
+    return TargetSensitivity(change, (gains[0] + gains[1]) / 2)
+
+
+def _other_classes(probe: Probe, other: Target) -> Tensor:
+    with frozen(probe.model) as host, torch.no_grad():
+        logits = torch.cat([run_host(host, images).float() for images in probe.x.split(probe.batch_size)])
+    if logits.shape[1] < 2:
+        raise ValueError("target sensitivity needs a model of two or more classes, got 1")
+    if other is None:
+        return logits.scatter(1, probe.target[:, None], -torch.inf).argmax(dim=1)
+    classes = resolve_target(other, logits)
+    if same := int((classes == probe.target).sum()):
+        raise ValueError(f"other must differ from target in every image, got the same class in {same}")
+    return classes
+
+
+def _check_pairs(masks: Tensor, x: Tensor) -> None:
+    expected = (len(x), 2, *x.shape[2:])
+    if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+        came = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
+        raise TypeError(f"masks must be a bool tensor of shape {expected}, got {came}")
+    if tuple(masks.shape) != expected:
+        raise ValueError(f"masks must have shape {expected}, one for each of the two classes, got {tuple(masks.shape)}")
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A deep copy of the host in eval mode, without parameter gradients."""
+    with frozen(model) as host:
+        return copy.deepcopy(host)
+
+
+def _opened(prefix: str, module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if isinstance(child, nn.Sequential | nn.ModuleList):
+            yield from _opened(f"{prefix}{name}.", child)
+        else:
+            yield prefix + name, child
+
+
+def _randomise(twin: nn.Module, layers: Sequence[str], seed: int) -> None:
+    """Draw the parameters of these layers and of all inside anew, in place; "" is the host's own ones alone."""
+    for place, (name, module) in enumerate(twin.named_modules()):
+        chosen = any(name == layer or (layer and name.startswith(f"{layer}.")) for layer in layers)
+        if chosen and next(module.parameters(recurse=False), None) is not None:
+            _draw_again(module, (seed * 1_000_003 + place) % 2**63)
+
+
+def _draw_again(module: nn.Module, seed: int) -> None:
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset) and next(module.children(), None) is None:
+        fresh = copy.deepcopy(module).cpu()  # on the CPU the draws are the same for every device
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too
+            fresh.reset_parameters()  # type: ignore[operator]
+        module.load_state_dict(fresh.state_dict())
+        return
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters(recurse=False):
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+
+
+def _model_randomisation(probe: Probe, maps: Tensor | None, explain: Explain, seed: int) -> Tensor:
+    intact = probe.check_maps(maps)
+    twin = _twin(probe.model)
+    _randomise(twin, ["", *(name for name, _ in twin.named_children())], seed)
+    return rank_correlation(intact, explained(explain, twin, probe.x, probe.target, probe.batch_size, finite=False))
+
+
+@register_metric(
+    "model_randomisation",
+    family="sanity",
+    unit="rank correlation",
+    higher_is_better=False,
+    needs=("model", "maps", "explain"),
+)
+def _model_randomisation_score(case: Case) -> Tensor:
+    """Model randomisation: rank correlation with the map of the host with all weights drawn anew; 0 is unrelated."""
+    # Signed: the absolute value of two unrelated maps grows with their coarseness, 0.01 at 64 pixels, 0.2 on a 4 x 4
+    # grid, and would favour methods with fine maps. The mean of the signed one is 0 for all of them.
+    return case.once(_model_randomisation, explain=case.explain, seed=case.seed)
+
+
+@register_metric(
+    "target_sensitivity",
+    family="sanity",
+    unit="1 - rank correlation",
+    higher_is_better=True,
+    needs=("model", "maps", "explain"),
+)
+def _target_sensitivity_score(case: Case) -> Tensor:
+    """Target sensitivity: how much the order of the map's pixels changes when the runner-up class is explained."""
+    return case.once(_target_sensitivity, explain=case.explain).change

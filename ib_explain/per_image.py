@@ -1,0 +1,111 @@
+"""Attention optimised for these very images: all images of a batch at once, features cached at the site.
+
+The loss is summed over images and every image sees the same noise, so a batch gives the maps that one image at a time
+would give; only the part of the host behind the site runs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ib_explain.bottleneck.information import MOST_ATTENTION
+from ib_explain.bottleneck.module import Restriction
+from ib_explain.layouts import Layout
+from ib_explain.objective import PRICE, nats_at_stake
+from ib_explain.observation import Observation
+
+__all__ = ["PerImageSettings", "optimise"]
+
+LEAST_AT_STAKE = 0.1  # nats
+START = 0.73  # open enough that the first predictions are nearly the host's
+
+
+@dataclass(frozen=True)
+class PerImageSettings:
+    """How attention is optimised per image.
+
+    Attributes:
+        steps: Adam steps.
+        lr: learning rate on the logit of A.
+        beta: weight of the mean nats per feature element against the loss of the target in nats; None for `PRICE`
+            times what is at stake in each image.
+        copies: noise samples a step; they come in antithetic pairs.
+        seed: of the noise.
+    """
+
+    steps: int = 20
+    lr: float = 0.5
+    beta: float | None = None
+    copies: int = 2
+    seed: int = 0
+
+
+def optimise(
+    restriction: Restriction,
+    seen: Observation,
+    layout: Layout,
+    settings: PerImageSettings,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Minimise -ln p(target | restricted grid) + beta * mean nats over the attention of each image, by Adam.
+
+    Args:
+        restriction: gate and statistics of the site.
+        seen: a clean pass over the images.
+        layout: of the site.
+        settings: see there.
+        start: attention to start from, (B, 1, h, w); by default .73 everywhere.
+
+    Returns:
+        Attention (B, 1, h, w), detached: the mean over the last quarter of the steps.
+    """
+    features = seen.features
+    shape = (features.shape[0], 1, *features.shape[-2:])
+    if settings.steps == 0:
+        return torch.full(shape, START, device=features.device) if start is None else start.detach()
+    first = torch.full(shape, math.log(START / (1 - START)), device=features.device) if start is None else _logit(start)
+    logit = first.detach().float().clone().requires_grad_()
+    optimiser = torch.optim.Adam([logit], lr=settings.lr)
+    generator = torch.Generator(features.device).manual_seed(settings.seed)
+    element = math.log(2) / features[0].numel()
+    beta = _beta(restriction, seen, layout, settings, generator)  # (B,)
+    kept, averaged = torch.zeros(shape, device=features.device), max(1, settings.steps // 4)
+    with torch.enable_grad():
+        for step in range(settings.steps):
+            total = torch.zeros_like(logit)
+            noise = torch.zeros(0)
+            for copy in range(settings.copies):
+                if copy % 2 == 0:
+                    noise = torch.randn((1, *features.shape[1:]), generator=generator, device=features.device)
+                attention = logit.sigmoid()
+                restricted = restriction.apply_to(seen, layout, attention, noise if copy % 2 == 0 else -noise)
+                loss = F.cross_entropy(seen.tail(restricted).float(), seen.target, reduction="sum")
+                bits = restriction.bits(seen, attention).sum(dim=(1, 2, 3))
+                loss = loss + (beta * element * bits).sum()
+                total = total + torch.autograd.grad(loss, logit)[0]
+            logit.grad = total / settings.copies
+            optimiser.step()
+            if step >= settings.steps - averaged:
+                kept += logit.detach().sigmoid() / averaged
+    return kept
+
+
+def _beta(
+    restriction: Restriction, seen: Observation, layout: Layout, settings: PerImageSettings, generator: torch.Generator
+) -> Tensor:
+    if settings.beta is not None:
+        return torch.full((len(seen.features),), settings.beta, device=seen.features.device)
+    noise = torch.randn((1, *seen.features.shape[1:]), generator=generator, device=seen.features.device)
+    with torch.no_grad():
+        closed = seen.tail(restriction.apply_to(seen, layout, torch.zeros((), device=noise.device), noise))
+    # An image whose class the average content tells as well has nothing at stake; it still gets a small price.
+    return PRICE * nats_at_stake(seen.logits, closed, seen.target).clamp_min(LEAST_AT_STAKE)
+
+
+def _logit(attention: Tensor) -> Tensor:
+    return torch.logit(attention.float().clamp(1e-3, MOST_ATTENTION))

@@ -1,0 +1,95 @@
+"""A place: the site of a bottleneck and the deeper layers that its attention reads, for inputs of one size."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ib_explain.io import layout_from_json
+from ib_explain.layouts import Layout, find_layouts
+from ib_explain.sites import Site, deeper_sites, resolve_site
+
+__all__ = ["Place", "find_place"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a bottleneck sits and where it reads.
+
+    Attributes:
+        site: the probed layer.
+        deeper: names and layouts of the layers behind it that are read.
+    """
+
+    site: Site
+    deeper: tuple[tuple[str, Layout], ...]
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        return self.site.input_size
+
+    @property
+    def period(self) -> int:
+        """Positions of the site that one position of the deepest layer stands for, per side; 1 to 4."""
+        grids = [layout.grid for _, layout in self.deeper]
+        return min(4, max([1, *(round(self.site.grid[0] / grid[0]) for grid in grids)]))
+
+    def at_size(self, model: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...] = ()) -> Place:
+        """The same layers for inputs of another size.
+
+        Raises:
+            ValueError: the layers hold other features there.
+        """
+        if size == self.input_size:
+            return self
+        site = resolve_site(model, self.site.name, size, args)
+        ours, theirs = self.site.layout, site.layout
+        if (ours.channels, ours.prefix, ours.suffix, ours.path) != (
+            theirs.channels,
+            theirs.prefix,
+            theirs.suffix,
+            theirs.path,
+        ):
+            raise ValueError(
+                f"inputs of size {size} give {site.name!r} {theirs.kind} with {theirs.channels} channels, "
+                f"but at {self.input_size} it is {ours.kind} with {ours.channels}"
+            )
+        found = find_layouts(model, [name for name, _ in self.deeper], size, args)
+        for name, layout in found.items():
+            if not isinstance(layout, Layout):
+                raise ValueError(f"inputs of size {size} leave no grid at {name!r}: {layout}")
+        deeper = tuple((name, layout) for name, layout in found.items() if isinstance(layout, Layout))
+        return Place(site, deeper)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a config file."""
+        return {
+            "layer": self.site.name,
+            "input_size": list(self.input_size),
+            "layout": asdict(self.site.layout),
+            "deeper": [[name, asdict(layout)] for name, layout in self.deeper],
+        }
+
+    def reading(self, stored: dict[str, Any]) -> Place:
+        """This place, reading the deeper layers of a config file.
+
+        Raises:
+            ValueError: the stored site has another shape than this one.
+        """
+        layout, here = layout_from_json(stored["layout"]), self.site.layout
+        if (layout.grid, layout.channels, layout.prefix) != (here.grid, here.channels, here.prefix):
+            raise ValueError(
+                f"it was fitted to {self.site.name!r} with {layout.channels} channels on {layout.grid}, "
+                f"here the layer has {here.channels} channels on {here.grid}"
+            )
+        return replace(self, deeper=tuple((name, layout_from_json(fields)) for name, fields in stored["deeper"]))
+
+
+def find_place(
+    model: nn.Module, layer: str | None, size: tuple[int, int, int], args: tuple[Any, ...] = (), *, read: bool = True
+) -> Place:
+    """Resolve a layer (None: the default one) and, if asked, the layers to read behind it."""
+    site = resolve_site(model, layer, size, args)
+    return Place(site, tuple(deeper_sites(model, site, args)) if read else ())

@@ -1,0 +1,57 @@
+"""A dict with a decorator: names to methods, metrics and gates. Filled at import, afterwards only read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from ib_explain.checks import did_you_mean
+
+__all__ = ["Registry"]
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names of one `kind` of thing.
+
+    >>> GATES: Registry[type] = Registry("gate")
+    >>> @GATES.register("identity")
+    ... class Identity: "Lets everything pass."
+    >>> list(GATES), GATES.get("identity") is Identity
+    (['identity'], True)
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that files the decorated object under `name`; a second owner of a name is a ValueError."""
+
+        def file(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name!r} is already registered, to {self._entries[name]!r}")
+            self._entries[name] = entry
+            return entry
+
+        return file
+
+    def get(self, name: str) -> T:
+        """Return the entry, or raise a ValueError with the nearest names."""
+        if name not in self._entries:
+            raise ValueError(f"unknown {self.kind} {name!r}{did_you_mean(name, self._entries)}")
+        return self._entries[name]
+
+    def summaries(self) -> dict[str, str]:
+        """Each name with the first line of its docstring."""
+        return {name: (entry.__doc__ or "").strip().split("\n")[0] for name, entry in self._entries.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)

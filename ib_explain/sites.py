@@ -1,0 +1,514 @@
+"""Sites: layers that were probed. What may carry a bottleneck, how well it cuts, and which one is the default.
+
+A site must be a cut: when its grid carries nothing, the logits must not depend on the image. Candidates come from the
+structure of the computation (a tensor through which every path from input to logits leads), each is then measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ib_explain.hooks import (
+    Tail,
+    TailRecorder,
+    capture,
+    find_module,
+    frozen,
+    host_device,
+    map_tensors,
+    module_name,
+    run_host,
+    unwrap,
+)
+from ib_explain.layouts import Layout, find_layouts, finest_grid, leaves, probe_images
+from ib_explain.statistics import RunningMoments
+
+__all__ = ["Site", "candidate_layers", "default_layer", "deeper_sites", "input_size_of", "resolve_site", "sites"]
+
+FINE_ENOUGH = 14  # cells per side beyond which a finer grid brings little and costs depth
+LEAK_LIMIT = 0.05
+EFFECT_LIMIT = 0.01
+SHAPE_ONLY = 0.5  # what a layout counts that no probe confirmed
+ALIKE = 0.9  # of the best score: within it the layer with the shorter name is the default
+PROBE_BATCH = 3
+GROUP = 8  # layers that share a probe; their outputs are in memory together
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer whose output was probed for inputs of one size.
+
+    Attributes:
+        name: dotted name of the layer.
+        layout: how its output is read as features (B, C, h, w).
+        input_size: (3, H, W) of the probe.
+        depth: share of the host's module calls that are done when the layer returns, in (0, 1].
+        leak: share of the logits' spread over images that is left when the grid holds the same noise for every image
+            and all that stands beside it is held at its mean; 0 is a perfect cut, 1 no cut, NaN if logits are constant.
+        effect: share of the logits' spread that is left when only the grid differs between images (the rest held at
+            its mean): what a bottleneck on the grid can keep.
+        reached: share of the grid's positions that the logits' gradient reaches.
+        skippable: what comes before the layer need not run again (verified: the logits stay the same).
+    """
+
+    name: str
+    layout: Layout
+    input_size: tuple[int, int, int]
+    depth: float
+    leak: float
+    effect: float
+    reached: float
+    skippable: bool
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.layout.grid
+
+    @property
+    def channels(self) -> int:
+        return self.layout.channels
+
+    @property
+    def usable(self) -> bool:
+        """Whether a bottleneck here can say where evidence is: it cuts, and the logits read the grid."""
+        return not (self.leak > LEAK_LIMIT or self.reached == 0 or self.effect <= EFFECT_LIMIT)
+
+    @property
+    def score(self) -> float:
+        """What `default_layer` maximises; 0 for a site that is not usable."""
+        if not self.usable:
+            return 0.0
+        effect, leak = (1.0, 0.0) if math.isnan(self.leak) else (self.effect, self.leak)
+        return _promise(self.layout, self.depth) * min(effect, 1.0) * (1 - leak)
+
+
+def default_layer(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> str:
+    """Choose the layer for the bottleneck.
+
+    The rule maximises `fineness * depth * effect * (1 - leak)` over the layers that are cuts:
+    fineness is min(1, sqrt(h * w) / 14), since a map cannot show what its grid cannot hold, and beyond 14 cells a side
+    more cells help less than more depth; depth is the share of the host that has run, since deep features know classes;
+    effect is what the grid alone carries (a class token that has read the image takes from it); leak is what flows
+    around. A layer whose order of positions could not be measured counts half. Layers from whose grid nothing reaches
+    the logits are left out (the last block of a class-token transformer, which reads the class token only). Among
+    layers of one grid within 10 % of the best the one highest in the module tree wins: a whole stage rather than the
+    norm behind it.
+
+    Args:
+        model: the host.
+        input_size: (3, H, W); by default what the host's own data config says, else (3, 224, 224).
+
+    Returns:
+        The dotted name of the layer.
+
+    Raises:
+        ValueError: if no layer qualifies, with the best that was seen.
+    """
+    return resolve_site(model, None, input_size or input_size_of(model)).name
+
+
+def sites(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> list[Site]:
+    """All layers that may carry a bottleneck, in the order in which they run, each measured.
+
+    Args:
+        model: the host.
+        input_size: (3, H, W); by default what the host's own data config says, else (3, 224, 224).
+    """
+    size = input_size or input_size_of(model)
+    host = unwrap(model)
+    names = candidate_layers(host, size)
+    result = []
+    for start in range(0, len(names), GROUP):
+        group = names[start : start + GROUP]
+        layouts = _layouts(host, group, size, ())
+        result += _measure(host, [name for name in group if isinstance(layouts[name], Layout)], size, ())
+    return result
+
+
+def candidate_layers(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> list[str]:
+    """Names of the layers that `sites` measures, in the order in which they run; costs one forward pass.
+
+    These are the layers through whose output every path from the input to the logits leads, and those that return
+    several tensors, of which only a measurement tells. Of layers that return the same tensor (a stage and its last
+    block) the one highest in the module tree stands for all.
+    """
+    return [c.name for c in _survey(unwrap(model), input_size or input_size_of(model), ()).candidates]
+
+
+def resolve_site(
+    model: nn.Module,
+    layer: str | nn.Module | None,
+    input_size: tuple[int, int, int],
+    args: tuple[Any, ...] = (),
+) -> Site:
+    """Probe one layer for inputs of one size; known sites are remembered as long as the host lives.
+
+    Args:
+        model: the host.
+        layer: dotted name, module of the host, or None for the default layer.
+        input_size: (3, H, W).
+        args: further arguments of the host's forward.
+
+    Raises:
+        ValueError: no such layer (with the nearest names), or its output holds no grid (with what was seen).
+        RuntimeError: the layer does not run, or runs more than once.
+    """
+    host = unwrap(model)
+    known = _known(host, input_size)
+    if layer is None:
+        if known.default is None:
+            known.default = _best_site(host, input_size, args)
+        return known.sites[known.default]
+    name = module_name(host, layer if isinstance(layer, nn.Module) else find_module(host, layer))
+    if name not in known.sites:
+        runs = _survey(host, input_size, args).runs[name]
+        if runs != 1:
+            what = "does not run" if runs == 0 else f"runs {runs} times"
+            raise RuntimeError(f"layer {name!r} {what} in one forward pass; name a layer that runs once")
+        layout = _layouts(host, [name], input_size, args)[name]
+        if not isinstance(layout, Layout):
+            raise ValueError(f"layer {name!r} has no spatial grid: {layout}")
+        _measure(host, [name], input_size, args)
+    return known.sites[name]
+
+
+def deeper_sites(model: nn.Module, site: Site, args: tuple[Any, ...] = ()) -> list[tuple[str, Layout]]:
+    """Where the host's later evidence can be read in the same pass: up to three layers behind `site`.
+
+    One layer for each grid size behind the site (its last), and for hosts of one grid size the layer half way and the
+    last one. They are read, not cut, so their leak does not matter.
+    """
+    host = unwrap(model)
+    behind = [c.name for c in _survey(host, site.input_size, args).candidates if c.depth > site.depth]
+    found = _layouts(host, behind, site.input_size, args)
+    by_size: dict[tuple[int, int], list[tuple[str, Layout]]] = {}
+    for name in behind:
+        if isinstance(layout := found[name], Layout):
+            by_size.setdefault(layout.grid, []).append((name, layout))
+    chosen: list[tuple[str, Layout]] = []
+    for group in by_size.values():
+        if len(by_size) == 1 and len(group) > 2:
+            chosen.append(group[len(group) // 2])
+        chosen.append(group[-1])
+    return chosen[-3:]
+
+
+def input_size_of(model: nn.Module) -> tuple[int, int, int]:
+    """(3, H, W) from the host's own data config (timm), else (3, 224, 224)."""
+    host = unwrap(model)
+    config = getattr(host, "pretrained_cfg", None) or getattr(host, "default_cfg", None) or {}
+    size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
+    return (int(size[0]), int(size[1]), int(size[2])) if size else (3, 224, 224)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    name: str
+    depth: float
+    cut: bool  # every path from the input to the logits leads through its one tensor
+    fineness: float  # of the finest grid that its shapes allow
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What one pass tells about all layers: how often each ran, when it was done, which are worth a probe."""
+
+    runs: Counter[str]
+    depths: dict[str, float]
+    candidates: list[_Candidate]
+
+
+@dataclass
+class _Known:
+    """What was found out about a host for inputs of one size."""
+
+    survey: _Survey | None = None
+    layouts: dict[str, Layout | str] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)
+    default: str | None = None
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int, int], _Known]] = weakref.WeakKeyDictionary()
+
+
+def _known(host: nn.Module, size: tuple[int, int, int]) -> _Known:
+    return _KNOWN.setdefault(host, {}).setdefault(size, _Known())
+
+
+def _layouts(
+    host: nn.Module, names: list[str], size: tuple[int, int, int], args: tuple[Any, ...]
+) -> dict[str, Layout | str]:
+    """Layouts of these layers; one probe for those that are not known yet."""
+    known = _known(host, size).layouts
+    if new := [name for name in names if name not in known]:
+        known.update(find_layouts(host, new, size, args))
+    return {name: known[name] for name in names}
+
+
+def _fineness(grid: tuple[int, int]) -> float:
+    return min(1.0, math.sqrt(grid[0] * grid[1]) / FINE_ENOUGH)
+
+
+def _promise(layout: Layout, depth: float) -> float:
+    """The score of a perfect cut with this layout."""
+    return _fineness(layout.grid) * depth * (1.0 if layout.verified == "probe" else SHAPE_ONLY)
+
+
+def _best_site(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -> str:
+    """Name of the default layer, which is then among the known sites.
+
+    Candidates are taken in the order of what they could score at best, until no later one can win.
+    """
+    waiting = sorted(_survey(host, size, args).candidates, key=lambda c: -c.fineness * c.depth)
+    scores: dict[str, float] = {}
+    rejected: list[Site] = []
+    while True:
+        best = max(scores.values(), default=0.0)
+        if waiting and waiting[0].fineness * waiting[0].depth > ALIKE * best:
+            # What lies behind the best bet is likely to be read later: its layouts cost nothing in the same probe.
+            behind = [c for c in waiting[GROUP:] if c.depth > waiting[0].depth]
+            group = waiting[:GROUP] + behind
+            waiting = [c for c in waiting[GROUP:] if c not in behind]
+            scores |= _scores(host, group, best, size, args)
+        elif best > 0:
+            layouts = _known(host, size).layouts
+            first = layouts[max(scores, key=lambda n: scores[n])]
+            alike = [n for n, score in scores.items() if score >= ALIKE * best and _same_grid(layouts[n], first)]
+            name = min(alike, key=lambda n: (n.count("."), -scores[n]))
+            (site,) = _measure(host, [name], size, args)
+            if site.usable:
+                return name
+            rejected.append(site)
+            del scores[name]
+        else:
+            seen = max(rejected, key=lambda s: -s.leak, default=None)
+            note = f"; the best seen is {seen.name!r}: leak {seen.leak:.2f}, reached {seen.reached:.2f}" if seen else ""
+            raise ValueError(f"no layer of this {type(host).__name__} is a cut with a spatial grid{note}; name a layer")
+
+
+def _same_grid(one: Layout | str, other: Layout | str) -> bool:
+    return isinstance(one, Layout) and isinstance(other, Layout) and one.grid == other.grid
+
+
+def _scores(
+    host: nn.Module, group: list[_Candidate], best: float, size: tuple[int, int, int], args: tuple[Any, ...]
+) -> dict[str, float]:
+    """Scores of the candidates that could still win, with no more passes than that takes.
+
+    A cut whose tensor is all grid has effect 1 and leak 0. Tokens beside the grid take from the effect; only with
+    several tensors does the leak have to be measured too.
+    """
+    layouts = _layouts(host, [c.name for c in group], size, args)
+    grids = {c: layout for c in group if isinstance(layout := layouts[c.name], Layout)}
+    mixed = [c.name for c, layout in grids.items() if layout.has_side or not c.cut]
+    clean = _CleanPass(host, mixed, size, args) if mixed else None
+    scores: dict[str, float] = {}
+    for candidate, layout in grids.items():
+        score = _promise(layout, candidate.depth)
+        if clean is not None and candidate.name in mixed and score > ALIKE * best:
+            effect = clean.effect(candidate.name, layout)
+            score *= 0.0 if effect <= EFFECT_LIMIT else min(1.0, effect)
+            if not candidate.cut and score > ALIKE * best:
+                leak = clean.leak(candidate.name, layout)
+                score *= 0.0 if leak > LEAK_LIMIT else 1 - leak
+        if score > ALIKE * best:
+            scores[candidate.name] = score
+            best = max(best, score)
+    return scores
+
+
+def _probe_batch(model: nn.Module, count: int, size: tuple[int, int, int]) -> Tensor:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return probe_images(count, size, seed=0).to(host_device(model), dtype)
+
+
+def _survey(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -> _Survey:
+    """Run the host once and tell for every layer how often it runs, when it is done, and whether it is a cut."""
+    known = _known(host, size)
+    if known.survey is not None:
+        return known.survey
+    calls: list[tuple[str, list[tuple[int, ...]], tuple[Any, ...], int]] = []
+    done = 0
+
+    def note(name: str, module: nn.Module) -> Any:
+        leaf_module = next(module.children(), None) is None
+
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            nonlocal done
+            done += leaf_module
+            tensors = [leaf for _, leaf in leaves(output)]
+            # The nodes are taken now: an in-place operation behind the layer would change the tensor's own.
+            nodes = tuple(tensor.grad_fn for tensor in tensors)
+            calls.append((name, [tuple(t.shape) for t in tensors], nodes, done))
+
+        return module.register_forward_hook(hook)
+
+    handles: list[Any] = []
+    with frozen(host), torch.enable_grad():
+        x = _probe_batch(host, 2, size).requires_grad_()
+        try:
+            for name, module in host.named_modules():
+                if name:
+                    handles.append(note(name, module))
+            logits = run_host(host, x, args)
+        finally:
+            for handle in handles:
+                handle.remove()
+        cuts = _dominators(logits.grad_fn)
+    runs = Counter(name for name, *_ in calls)
+    depths = {name: position / max(done, 1) for name, _, _, position in calls}
+    found: dict[tuple[Any, ...], _Candidate] = {}
+    for name, shapes, nodes, _ in calls:
+        grids = [grid for shape in shapes if (grid := finest_grid(shape, 2, size))]
+        cut = len(nodes) == 1 and nodes[0] in cuts
+        several = len(nodes) > 1 and any(nodes)  # one without a node is a table: it does not depend on the image
+        if runs[name] > 1 or not grids or not (cut or several):
+            continue
+        if nodes not in found or name.count(".") < found[nodes].name.count("."):
+            found[nodes] = _Candidate(name, depths[name], cut, max(map(_fineness, grids)))
+    known.survey = _Survey(runs, depths, sorted(found.values(), key=lambda c: c.depth))
+    return known.survey
+
+
+def _dominators(output: Any) -> set[Any]:
+    """Nodes of the autograd graph that every path from the input to the logits passes.
+
+    Parameters are frozen, so the graph holds only what depends on the image. A node lies on every path exactly if,
+    when nodes are visited in topological order, no edge jumps over it.
+    """
+    if output is None:
+        return set()
+    order: list[Any] = []
+    seen: set[Any] = set()
+    stack: list[tuple[Any, bool]] = [(output, False)]
+    while stack:
+        node, finished = stack.pop()
+        if finished:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((parent, False) for parent, _ in _parents(node) if parent not in seen)
+    order.reverse()  # from the logits back to the input
+    place = {node: index for index, node in enumerate(order)}
+    reach, result = 0, set()
+    for index, node in enumerate(order):
+        if reach <= index:  # nothing before this node points behind it
+            result.add(node)
+        reach = max([reach] + [place[parent] for parent, _ in _parents(node)])
+    return result
+
+
+def _parents(node: Any) -> Iterator[tuple[Any, int]]:
+    return ((parent, index) for parent, index in node.next_functions if parent is not None)
+
+
+class _CleanPass:
+    """One undisturbed pass over a few noise images: the outputs of some layers, and what comes of changing them."""
+
+    def __init__(self, host: nn.Module, names: list[str], size: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+        self.host, self.size, self.args = host, size, args
+        with frozen(host), torch.no_grad(), contextlib.ExitStack() as stack:
+            self.x = _probe_batch(host, PROBE_BATCH, size)
+            self.recorders = {name: stack.enter_context(TailRecorder(host, name)) for name in names}
+            with capture(host, names, at=lambda _n, output: _copy(output)) as self.outputs:
+                self.spread = _spread(run_host(host, self.x, args))
+
+    def effect(self, name: str, layout: Layout, tail: Tail | None = None) -> float:
+        """Share of the logits' spread that is left when only the grid differs between images."""
+        if not layout.has_side:
+            return 1.0
+        output = self.outputs[name]
+        alone = layout.with_grid(output, layout.to_grid(output), self._held(name, layout))
+        return self._share(self._run(tail or self._full(name), alone))
+
+    def leak(self, name: str, layout: Layout) -> float:
+        """Share of the logits' spread that is left when the grid is the same for all images and the rest is held."""
+        return self._share(self._run(self._full(name), self._closed(name, layout)))
+
+    def site(self, name: str, layout: Layout, depth: float) -> Site:
+        """Measure leak, effect and gradient of a layer."""
+        closed, short = self._closed(name, layout), self.recorders[name].tail(self.x, self.args)
+        blocked = self._run(self._full(name), closed)
+        skippable = self._agrees(short, closed, blocked)
+        tail = short if skippable else self._full(name)
+        effect, reached = self.effect(name, layout, tail), self._reached(name, layout, tail)
+        return Site(name, layout, self.size, depth, self._share(blocked), effect, reached, skippable)
+
+    def _held(self, name: str, layout: Layout) -> list[Tensor]:
+        """Means over images of what stands beside the grid."""
+        return [side.mean(dim=0, keepdim=True) for side in layout.side_of(self.outputs[name])]
+
+    def _closed(self, name: str, layout: Layout) -> Any:
+        """The layer's output with the same noise in every image's grid."""
+        features = layout.to_grid(self.outputs[name])
+        moments = RunningMoments()
+        moments.update(features)
+        noise = torch.randn(features.shape[1:], generator=torch.Generator().manual_seed(0)).to(features.device)
+        still = moments.result().to(features.device).restore(noise)  # (1, C, h, w)
+        return layout.with_grid(self.outputs[name], still.repeat(len(self.x), 1, 1, 1), self._held(name, layout))
+
+    def _full(self, name: str) -> Tail:
+        return Tail(self.host, name, None, self.x, self.args)
+
+    def _run(self, tail: Tail, output: Any) -> Tensor:
+        with frozen(self.host), torch.no_grad():
+            return tail(output).float()
+
+    def _share(self, logits: Tensor) -> float:
+        return _spread(logits) / self.spread if self.spread > 0 else math.nan
+
+    def _agrees(self, short: Tail, output: Any, expected: Tensor) -> bool:
+        try:
+            got = self._run(short, output)
+        except (RuntimeError, ValueError, TypeError, StopIteration):
+            return False  # the host reads what was skipped: its whole forward has to run each time
+        return torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max().clamp_min(1e-6)))
+
+    def _reached(self, name: str, layout: Layout, tail: Tail) -> float:
+        """Share of the grid's positions that the logits' gradient reaches."""
+        output = self.outputs[name]
+        with frozen(self.host), torch.enable_grad():
+            features = layout.to_grid(output).detach().clone().requires_grad_()
+            logits = tail(layout.with_grid(output, features.clone(), self._held(name, layout))).float()
+            if not logits.requires_grad:
+                return 0.0
+            weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.device)
+            (gradient,) = torch.autograd.grad((logits * weights).sum(), features, allow_unused=True)
+        if gradient is None:
+            return 0.0
+        norms = gradient.float().norm(dim=1)
+        return float((norms > 1e-6 * norms.max().clamp_min(1e-30)).float().mean())
+
+
+def _measure(host: nn.Module, names: list[str], size: tuple[int, int, int], args: tuple[Any, ...]) -> list[Site]:
+    """Measure layers whose layouts are known; one clean pass serves all that were not measured before."""
+    known = _known(host, size)
+    if new := [name for name in names if name not in known.sites]:
+        clean, depths = _CleanPass(host, new, size, args), _survey(host, size, args).depths
+        for name in new:
+            layout = known.layouts[name]
+            assert isinstance(layout, Layout)
+            known.sites[name] = clean.site(name, layout, depths[name])
+    return [known.sites[name] for name in names]
+
+
+def _copy(output: Any) -> Any:
+    """An in-place operation behind the layer writes into what it returned: hand the host a copy of its own."""
+    return map_tensors(output, torch.Tensor.clone)
+
+
+def _spread(logits: Tensor) -> float:
+    """Mean distance between the logits of different images; 0 below rounding."""
+    values = logits.double().cpu()
+    mean = float(torch.pdist(values).mean())
+    return mean if mean > 1e-6 * float(values.norm(dim=1).mean()) else 0.0

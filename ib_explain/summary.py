@@ -1,0 +1,320 @@
+"""From rows to findings: means with intervals, paired differences to a reference, ranks, curves, extreme images."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ib_explain.bootstrap import average_ranks, mean_without_nan, percentile_interval, resampled_means
+from ib_explain.checks import did_you_mean
+from ib_explain.rows import CurveBatch, Row
+
+__all__ = ["Cell", "CurveSummary", "Extreme", "Interval", "MeanRank", "MetricFacts", "Summary", "extremes", "summarise"]
+__all__ += ["summarise_curves"]
+
+
+@dataclass(frozen=True)
+class MetricFacts:
+    """What a table must say about a metric besides its numbers."""
+
+    name: str
+    family: str
+    """Such as "perturbation"; metrics of the family "cost" are shown and ranked, but do not count in the mean rank."""
+    unit: str
+    higher_is_better: bool
+    protocol: str = ""
+    """One line: how it is measured, by whose rule."""
+
+    @property
+    def arrow(self) -> str:
+        """Where better is: up or down."""
+        return "↑" if self.higher_is_better else "↓"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the interval around it; NaN bounds where fewer than two images are known."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    """Images behind it."""
+
+
+@dataclass(frozen=True)
+class Cell(Interval):
+    """One method under one metric."""
+
+    status: str = "ok"
+    """"ok" if any image has a value, else "not_applicable", "failed", "undefined" (NaN on all images) or "missing"."""
+    undefined: int = 0
+    """Images on which the metric is undefined."""
+    failed: int = 0
+    """Images of batches on which the method failed."""
+    reason: str = ""
+    """Why it failed or does not apply; where there are several, the most frequent one."""
+
+
+@dataclass(frozen=True)
+class MeanRank:
+    """A method's rank, averaged over metrics."""
+
+    mean: float
+    low: float
+    high: float
+    metrics: int
+    """Metrics it has a rank in."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that the tables and the report show. Dictionaries are keyed by (method, metric) names."""
+
+    methods: tuple[str, ...]
+    """By mean rank; methods that lack a rank in some metric come after those that have all: none gains by failing."""
+    metrics: tuple[MetricFacts, ...]
+    images: int
+    reference: str | None
+    confidence: float
+    resamples: int
+    seed: int
+    cells: dict[tuple[str, str], Cell]
+    differences: dict[tuple[str, str], Interval]
+    """Method minus reference, over the images on which both are known; empty without a reference."""
+    ranks: dict[tuple[str, str], Interval]
+    """1 is the best; only cells with a value."""
+    mean_ranks: dict[str, MeanRank]
+    ranked_metrics: int
+    """Metrics that count in the mean rank: not of the family "cost", and with at least two methods."""
+
+    def best(self, metric: str) -> frozenset[str]:
+        """The methods with the best mean; several if they tie."""
+        ranks = {method: rank.mean for (method, name), rank in self.ranks.items() if name == metric}
+        return frozenset(method for method, rank in ranks.items() if rank == min(ranks.values()))
+
+    def facts(self, metric: str) -> MetricFacts:
+        """The facts of one metric, by its name."""
+        for facts in self.metrics:
+            if facts.name == metric:
+                return facts
+        raise ValueError(f"unknown metric {metric!r}{did_you_mean(metric, [facts.name for facts in self.metrics])}")
+
+
+@dataclass(frozen=True)
+class CurveSummary:
+    """The mean curve of one method with its pointwise interval; all arrays (S+1,)."""
+
+    method: str
+    metric: str
+    fractions: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    n: int
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """An image on which a method did very well or very badly."""
+
+    method: str
+    image: int
+    name: str
+    value: float
+
+
+def summarise(
+    rows: Iterable[Row],
+    metrics: Sequence[MetricFacts],
+    reference: str | None = None,
+    *,
+    methods: Sequence[str] | None = None,
+    resamples: int | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Summary:
+    """Average rows over images.
+
+    With v_i(m, k) the value of image i, N images, and bootstrap samples b of images shared by all methods and metrics
+    (`bootstrap.resampled_means`), c the confidence and Q its percentile interval over b (`percentile_interval`):
+
+        mean        mean_i v_i(m, k) over the n images where it is defined;    Q_b of the samples' means
+        difference  mean_i (v_i(m, k) - v_i(ref, k)) over the images where both are;    Q_b of the same, so it is paired
+        rank        1 + methods with a better mean + half of those with an equal one;    Q_b of the samples' ranks
+        mean rank   the mean of a method's ranks over metrics;    Q_b of the samples' mean ranks
+
+    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, sec. 6.2, 13.3.
+
+    Args:
+        rows: in any order.
+        metrics: those to show, in this order.
+        reference: the method that others are held against.
+        methods: those to show; None is all that the rows name.
+        resamples: bootstrap samples; None is 10,000, fewer for more than 5,000 images.
+        confidence: between 0 and 1.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: no rows, a metric or method without rows, an unknown reference, the same cell of an image twice, a
+            confidence outside (0, 1).
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    rows = list(rows)
+    if not rows:
+        raise ValueError("there are no rows to summarise")
+    methods = list(dict.fromkeys(row.method for row in rows)) if methods is None else list(methods)
+    names = [facts.name for facts in metrics]
+    _check_names("metric", names, {row.metric for row in rows})
+    _check_names("method", methods, {row.method for row in rows})
+    if reference is not None:
+        _check_names("reference method", [reference], methods)
+    rows = [row for row in rows if row.method in set(methods) and row.metric in set(names)]
+    values = _values(rows, methods, names)  # [N, M, K]
+    images, shape = values.shape[0], values.shape[1:]
+
+    sides = [values] if reference is None else [values, values - values[:, [methods.index(reference)]]]
+    columns = np.concatenate([side.reshape(images, -1) for side in sides], axis=1)
+    resampled = resampled_means(columns, resamples=resamples, seed=seed)
+    parts = [part.reshape(-1, *shape) for part in np.split(resampled, len(sides), axis=1)]
+    intervals = [_intervals(side, part, confidence) for side, part in zip(sides, parts, strict=True)]
+
+    means = mean_without_nan(values)
+    ranks, rank_samples = np.empty(shape), np.empty(parts[0].shape)
+    for k, facts in enumerate(metrics):
+        ranks[:, k] = average_ranks(means[:, k], higher_is_better=facts.higher_is_better)
+        rank_samples[:, :, k] = average_ranks(parts[0][:, :, k], higher_is_better=facts.higher_is_better)
+    counting = [k for k, f in enumerate(metrics) if f.family != "cost" and (~np.isnan(ranks[:, k])).sum() > 1]
+    mean_ranks = _mean_ranks(methods, ranks[:, counting], rank_samples[:, :, counting], confidence)
+    low, high = percentile_interval(rank_samples, confidence)
+    known = (~np.isnan(values)).sum(axis=0)
+    pairs = [(m, k) for m in range(shape[0]) for k in range(shape[1])]
+
+    def keyed(found: dict[tuple[int, int], Interval]) -> dict[tuple[str, str], Interval]:
+        return {(methods[m], names[k]): interval for (m, k), interval in found.items()}
+
+    def place(method: str) -> tuple[bool, float]:
+        rank = mean_ranks[method]
+        return rank.metrics < len(counting), rank.mean if rank.metrics else math.inf
+
+    return Summary(
+        methods=tuple(sorted(methods, key=place)),
+        metrics=tuple(metrics),
+        images=images,
+        reference=reference,
+        confidence=confidence,
+        resamples=resampled.shape[0],
+        seed=seed,
+        cells=_cells(rows, keyed(intervals[0]), images),
+        differences=keyed(intervals[1]) if reference is not None else {},
+        ranks=keyed(
+            {
+                (m, k): Interval(ranks[m, k], low[m, k], high[m, k], int(known[m, k]))
+                for m, k in pairs
+                if known[m, k] > 0
+            }
+        ),
+        mean_ranks=mean_ranks,
+        ranked_metrics=len(counting),
+    )
+
+
+def summarise_curves(
+    curves: Iterable[CurveBatch], *, resamples: int | None = None, confidence: float = 0.95, seed: int = 0
+) -> list[CurveSummary]:
+    """Mean curves with pointwise bootstrap percentile intervals over images, NaN left out."""
+    found = []
+    for curve in curves:
+        scores = curve.scores.astype(np.float64)
+        low, high = percentile_interval(resampled_means(scores, resamples=resamples, seed=seed), confidence)
+        mean = mean_without_nan(scores)
+        found.append(CurveSummary(curve.method, curve.metric, curve.fractions, mean, low, high, len(scores)))
+    return found
+
+
+def extremes(
+    rows: Iterable[Row], metric: MetricFacts, *, count: int = 3
+) -> dict[str, tuple[list[Extreme], list[Extreme]]]:
+    """Each method's best and worst images under one metric: {method: (best, worst)}, the most extreme first.
+
+    Images without a value are left out, ties go to the lower index, and no image is in both lists.
+    """
+    sign = -1.0 if metric.higher_is_better else 1.0
+    found: dict[str, list[Extreme]] = {}
+    for row in rows:
+        if row.metric == metric.name and not math.isnan(row.value):
+            found.setdefault(row.method, []).append(Extreme(row.method, row.image, row.name, row.value))
+    chosen = {}
+    for method, cases in found.items():
+        size = min(count, len(cases) // 2)
+        best = sorted(cases, key=lambda case: (sign * case.value, case.image))[:size]
+        rest = [case for case in cases if case not in best]
+        chosen[method] = (best, sorted(rest, key=lambda case: (-sign * case.value, case.image))[:size])
+    return chosen
+
+
+def _check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    known = sorted(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there are no rows of {kind} {name!r}{did_you_mean(name, known)}")
+
+
+def _values(rows: Sequence[Row], methods: Sequence[str], metrics: Sequence[str]) -> np.ndarray:
+    """(N, M, K) float64 in rising order of the image index, NaN where there is no value."""
+    images = {image: i for i, image in enumerate(sorted({row.image for row in rows}))}
+    method_at, metric_at = ({name: i for i, name in enumerate(names)} for names in (methods, metrics))
+    values = np.full((len(images), len(methods), len(metrics)), np.nan)
+    seen = np.zeros(values.shape, dtype=bool)
+    for row in rows:
+        place = images[row.image], method_at[row.method], metric_at[row.metric]
+        if seen[place]:
+            raise ValueError(f"image {row.image} has more than one row for {row.method!r}, {row.metric!r}")
+        seen[place], values[place] = True, row.value
+    return values
+
+
+def _intervals(values: np.ndarray, resampled: np.ndarray, confidence: float) -> dict[tuple[int, int], Interval]:
+    """(N, M, K) values and (R, M, K) means of their resamples to {(m, k): interval}."""
+    means, known = mean_without_nan(values), (~np.isnan(values)).sum(axis=0)
+    low, high = percentile_interval(resampled, confidence)
+    low, high = (np.where(known > 1, bound, np.nan) for bound in (low, high))  # one image knows no spread
+    return {
+        (m, k): Interval(float(means[m, k]), float(low[m, k]), float(high[m, k]), int(known[m, k]))
+        for m, k in np.ndindex(means.shape)
+    }
+
+
+def _mean_ranks(
+    methods: Sequence[str], ranks: np.ndarray, samples: np.ndarray, confidence: float
+) -> dict[str, MeanRank]:
+    """(M, K) ranks and (R, M, K) of the resamples to mean ranks."""
+    means = mean_without_nan(ranks.T)
+    low, high = percentile_interval(mean_without_nan(np.moveaxis(samples, 2, 0)), confidence)
+    counts = (~np.isnan(ranks)).sum(axis=1)
+    columns = zip(methods, means, low, high, counts, strict=True)
+    return {method: MeanRank(float(mean), float(a), float(b), int(n)) for method, mean, a, b, n in columns}
+
+
+def _cells(rows: Sequence[Row], intervals: dict[tuple[str, str], Interval], images: int) -> dict[tuple[str, str], Cell]:
+    counts: dict[tuple[str, str], Counter[str]] = {key: Counter() for key in intervals}
+    reasons: dict[tuple[str, str], Counter[str]] = {key: Counter() for key in intervals}
+    for row in rows:
+        key = row.method, row.metric
+        counts[key]["undefined" if row.status == "ok" and math.isnan(row.value) else row.status] += 1
+        if row.status != "ok":
+            reasons[key][row.reason] += 1
+    cells = {}
+    for key, interval in intervals.items():
+        count = counts[key]
+        status = next((s for s in ("ok", "not_applicable", "failed", "undefined") if count[s]), "missing")
+        reason = reasons[key].most_common(1)[0][0] if reasons[key] else ""
+        cells[key] = Cell(
+            interval.mean, interval.low, interval.high, interval.n, status, count["undefined"], count["failed"], reason
+        )
+    return cells

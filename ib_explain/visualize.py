@@ -1,0 +1,428 @@
+"""Maps drawn over their pictures, with the unit on the colour bar: figures, contact sheets, single overlays.
+
+Maps of one unit share one scale, from 0 to the 99.5th percentile of all their non-zero values (an arrow on the bar says
+that some lie beyond), so that two maps can be compared by eye; nothing is stretched to its own minimum and maximum.
+Non-negative maps run from 0, signed ones symmetrically about 0. Opacity grows with the value: at 0 the picture is seen.
+Below a map the picture is grey, so that all colour there is the map's; the picture's own colours stand beside it.
+Drawn without pyplot: no display is needed and no figure stays open.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ib_explain.checks import check_images, check_maps, check_positive_int
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["contact_sheet", "denormalize", "overlay", "visualize"]
+
+Maps = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+Channels = float | Sequence[float] | Tensor | None
+
+_PERCENTILE = 99.5  # of the non-zero values: one hot pixel does not darken all others
+_LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
+_CELL = 1.75  # inches, the longer side of a picture
+_GAP, _MARGIN, _TITLE, _NOTE, _ROW_TITLE = 0.06, 0.05, 0.21, 0.17, 0.2  # inches
+_BAR, _BAR_BELOW, _BAR_WIDEST = 0.08, 0.36, 2 * _CELL  # inches: height, room for ticks and unit, greatest length
+
+
+def visualize(
+    x: Tensor,
+    maps: Maps,
+    *,
+    model: nn.Module | None = None,
+    mean: Channels = None,
+    std: Channels = None,
+    titles: Sequence[str] | None = None,
+    unit: str | Mapping[str, str] = "bits",
+    scale: str = "shared",
+) -> Figure:
+    """Draw a row per image: the picture, then each map over it, with a colour bar for each unit.
+
+    Args:
+        x: the images as the host sees them, (B, 3, H, W) or (B, 1, H, W) float.
+        maps: (B, 1, H, W) or (B, H, W); or several, side by side: a mapping of names to maps, or a list of maps.
+        model: the host; its data configuration in timm tells mean and std.
+        mean, std: of the normalisation, one number or one a channel, where `model` does not tell them.
+        titles: one a row, such as the class that is explained.
+        unit: what the maps measure, written on the colour bar; a mapping of names to units where they differ. For
+            "bits", an amount, the sum of each map is written below it.
+        scale: "shared", one scale for all maps of a unit; "row", one for each image and unit, for patterns of images
+            whose amounts differ widely: rows can then not be compared.
+
+    Returns:
+        A matplotlib Figure: `.savefig(path)`, or shown by a notebook after `%matplotlib inline`. A map that is all zero
+        or constant is drawn as such and named below.
+
+    Raises:
+        TypeError, ValueError: other shapes than these, NaN, no way to tell mean and std, an unknown scale or unit.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    pictures = denormalize(x, model=model, mean=mean, std=std).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+    batch, height, width, _ = pictures.shape
+    columns = _columns(maps, unit, batch, (height, width))
+    row_titles = _checked_titles(titles, batch)
+    if scale not in ("shared", "row"):
+        raise ValueError(f"scale must be 'shared' or 'row', got {scale!r}")
+    units = [column.unit for column in columns]
+    named = any(column.name for column in columns)
+
+    # The page is laid out in inches from its upper left corner.
+    cell_h, cell_w = (_CELL * side / max(height, width) for side in (height, width))
+    left = _MARGIN + (_ROW_TITLE if row_titles else 0)
+    bar_room = _BAR + _BAR_BELOW
+    step = cell_h + _NOTE + (bar_room if scale == "row" else 0)
+    top = _MARGIN + (_TITLE if named else 0)
+    page_w = left + (len(columns) + 1) * (cell_w + _GAP) - _GAP + _MARGIN
+    page_h = top + batch * step + (bar_room if scale == "shared" else 0)
+    figure = Figure(figsize=(page_w, page_h), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+
+    def box(x0: float, y0: float, w: float, h: float) -> Axes:
+        return figure.add_axes((x0 / page_w, 1 - (y0 + h) / page_h, w / page_w, h / page_h))
+
+    for row in range(batch):
+        rows = slice(row, row + 1) if scale == "row" else slice(None)
+        scales = {name: _Scale.of([c.values[rows] for c in columns if c.unit == name], name) for name in units}
+        y0 = top + row * step
+        picture_axes = _show(box(left, y0, cell_w, cell_h), pictures[row])
+        if row_titles:
+            picture_axes.set_ylabel(_cut(row_titles[row], int(cell_h * 18)), fontsize=8, labelpad=3)
+        for number, column in enumerate(columns, start=1):
+            x0 = left + number * (cell_w + _GAP)
+            drawn = overlay(
+                pictures[row], column.values[row], limit=scales[column.unit].limit, signed=scales[column.unit].signed
+            )
+            axes = _show(box(x0, y0, cell_w, cell_h), drawn)
+            axes.set_xlabel(_note(column.values[row], column.unit), fontsize=7, labelpad=2, color="0.25")
+            if row == 0 and named:
+                axes.set_title(column.name, fontsize=9, pad=3)
+        if row == 0 and named:
+            picture_axes.set_title("image", fontsize=9, pad=3)
+        if scale == "row" or row == batch - 1:
+            first = 1
+            for name, run in itertools.groupby(units):  # one bar under each run of neighbours of one unit
+                count = len(list(run))
+                run_w = count * (cell_w + _GAP) - _GAP
+                bar_w = min(run_w * 0.94, _BAR_WIDEST)
+                x0 = left + first * (cell_w + _GAP) + (run_w - bar_w) / 2
+                _draw_bar(box(x0, y0 + cell_h + _NOTE, bar_w, _BAR), scales[name])
+                first += count
+    return figure
+
+
+def contact_sheet(
+    x: Tensor,
+    maps: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    mean: Channels = None,
+    std: Channels = None,
+    titles: Sequence[str] | None = None,
+    unit: str = "bits",
+    columns: int = 6,
+    thumbnail: int = 112,
+) -> Path:
+    """Save many images as one PNG: a grid of pairs, picture and overlay, on one scale with one colour bar.
+
+    Args:
+        x, maps, model, mean, std, unit: as for `visualize`, with one map an image.
+        path: file name that ends in .png; written beside it and renamed, so that it is never half a file.
+        titles: one an image, written above its pair.
+        columns: pairs a row.
+        thumbnail: longer side of a picture on the sheet, in pixels; larger images are reduced. 100 images make about
+            2 MB at the default.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError, ValueError: as for `visualize`; a path that does not end in .png.
+        OSError: the folder does not exist or cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    target = Path(path)
+    if target.suffix.lower() != ".png":
+        raise ValueError(f"path must end in .png, got {str(path)!r}")
+    columns, thumbnail = check_positive_int(columns, "columns"), check_positive_int(thumbnail, "thumbnail")
+    pictures = denormalize(x, model=model, mean=mean, std=std)
+    batch, _, height, width = pictures.shape
+    heat = check_maps(maps, size=(height, width), batch=batch).cpu()
+    captions = _checked_titles(titles, batch)
+    ratio = min(1.0, thumbnail / max(height, width))
+    size = (max(1, round(height * ratio)), max(1, round(width * ratio)))
+    if ratio < 1:
+        pictures = F.interpolate(pictures, size=size, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
+        heat = F.interpolate(heat[:, None], size=size, mode="area")[:, 0]  # means: the scale stays per input pixel
+    values = heat.numpy()
+    common = _Scale.of([values], unit)
+
+    columns = min(columns, batch)
+    gap, head, bar_room, dpi = 8, 14 if captions else 0, 52, 100
+    pair_w, pair_h = 2 * size[1] + 1, size[0] + head
+    rows = math.ceil(batch / columns)
+    page_w = gap + columns * (pair_w + gap)
+    page_h = gap + rows * (pair_h + gap) + bar_room
+    sheet = np.full((page_h, page_w, 3), 255, np.uint8)
+    figure = Figure(figsize=(page_w / dpi, page_h / dpi), dpi=dpi)
+    FigureCanvasAgg(figure)
+    for i in range(batch):
+        y0, x0 = gap + (i // columns) * (pair_h + gap) + head, gap + (i % columns) * (pair_w + gap)
+        picture = pictures[i].permute(1, 2, 0).numpy()
+        sheet[y0 : y0 + size[0], x0 : x0 + size[1]] = (picture * 255).round()
+        drawn = overlay(picture, values[i], limit=common.limit, signed=common.signed)
+        sheet[y0 : y0 + size[0], x0 + size[1] + 1 : x0 + pair_w] = drawn
+        if captions:
+            figure.text(x0 / page_w, 1 - (y0 - 3) / page_h, _cut(captions[i], pair_w // 6), fontsize=7, va="baseline")
+    figure.figimage(sheet, origin="upper", zorder=-1)  # pixel by pixel, not resampled
+    bar_w = min(page_w - 6 * gap, 360)
+    bar_y = page_h - bar_room + 6
+    box = ((page_w - bar_w) / 2 / page_w, 1 - (bar_y + 9) / page_h, bar_w / page_w, 9 / page_h)
+    _draw_bar(figure.add_axes(box), common)
+
+    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        figure.savefig(beside, format="png", pil_kwargs={"optimize": True})
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+    return target
+
+
+def overlay(
+    image: Tensor | np.ndarray, heat: Tensor | np.ndarray, *, limit: float | None = None, signed: bool | None = None
+) -> np.ndarray:
+    """Colour one map and lay it over its picture.
+
+    Args:
+        image: (3, H, W) or (1, H, W) tensor, or (H, W, 3) array, in [0, 1], as `denormalize` gives them.
+        heat: (H, W) or (1, H, W), any unit.
+        limit: value at which colour and opacity end; `None` for the largest magnitude in `heat`.
+        signed: `True` for colours symmetric about 0 (red for, blue against); `None` lets the data decide.
+
+    Returns:
+        (H, W, 3) uint8. Where `heat` is 0, the picture's luminance: what is coloured is the map.
+
+    Raises:
+        ValueError: shapes that do not fit, values outside [0, 1] in the picture, NaN in the map, a limit <= 0.
+    """
+    picture = image.detach().cpu().float().numpy().transpose(1, 2, 0) if isinstance(image, Tensor) else image
+    values = np.asarray(heat.detach().cpu().float() if isinstance(heat, Tensor) else heat, np.float32)
+    values = values[0] if values.ndim == 3 and values.shape[0] == 1 else values
+    if picture.ndim != 3 or picture.shape[2] not in (1, 3) or picture.shape[:2] != values.shape:
+        raise ValueError(
+            f"image and heat must be (3, H, W) and (H, W) of one size, got {tuple(image.shape)} and {tuple(heat.shape)}"
+        )
+    if not (picture.min() >= 0 and picture.max() <= 1):
+        raise ValueError(f"image must lie in [0, 1], got [{picture.min():.3g}, {picture.max():.3g}]; see denormalize")
+    if not np.isfinite(values).all():
+        raise ValueError("heat must be finite, got NaN or infinite values")
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit must be above 0, got {limit}")
+    signed = bool((values < 0).any()) if signed is None else signed
+    limit = limit or float(np.abs(values).max()) or 1.0
+    coloured = _rgba(np.clip(values / limit, -1, 1), signed)
+    grey = (picture @ _LUMINANCE if picture.shape[2] == 3 else picture[..., 0])[..., None]
+    mixed = grey + (coloured[..., :3] - grey) * coloured[..., 3:]
+    return (mixed * 255).round().astype(np.uint8)
+
+
+def denormalize(x: Tensor, *, model: nn.Module | None = None, mean: Channels = None, std: Channels = None) -> Tensor:
+    """Return the pictures behind normalised images: (B, 3, H, W) float32 in [0, 1] on the CPU, clipped to that range.
+
+    Mean and std are those given, else those in the model's timm configuration; with neither, `x` must lie in [0, 1].
+
+    Raises:
+        TypeError, ValueError: no batch of images with 1 or 3 channels; one of mean and std alone, or of another length;
+            neither they nor a model that carries them, for values outside [0, 1].
+    """
+    images = check_images(x.clone() if isinstance(x, Tensor) and x.is_inference() else x).detach().float().cpu()
+    channels = images.shape[1]
+    if channels not in (1, 3):
+        raise ValueError(f"x must have 1 or 3 channels to be drawn, got {channels} (shape {tuple(x.shape)})")
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std go together, got only {'std' if mean is None else 'mean'}")
+    if mean is None and model is not None:
+        mean, std = _configured(model)
+    if mean is not None:
+        images = images * _per_channel(std, "std", channels) + _per_channel(mean, "mean", channels)
+    elif images.min() < 0 or images.max() > 1:
+        raise ValueError(
+            f"x lies in [{images.min():.3g}, {images.max():.3g}], so it is normalised; "
+            "pass model= (a timm model) or mean= and std= to undo that"
+        )
+    return images.clamp(0, 1).expand(-1, 3, -1, -1)
+
+
+@dataclass(frozen=True)
+class _Column:
+    name: str
+    unit: str
+    values: np.ndarray  # (B, H, W)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """What a colour means: values from 0, or from -limit, to limit."""
+
+    unit: str
+    limit: float
+    signed: bool
+    above: bool  # some values lie above the limit
+    below: bool  # some lie below -limit
+    empty: bool  # all are zero: there is no scale
+
+    @classmethod
+    def of(cls, values: Sequence[np.ndarray], unit: str) -> _Scale:
+        pooled = np.concatenate([v.ravel() for v in values])
+        magnitude = np.abs(pooled[pooled != 0])
+        if magnitude.size == 0:
+            return cls(unit, 1.0, signed=False, above=False, below=False, empty=True)
+        limit = float(np.percentile(magnitude, _PERCENTILE))
+        signed = bool(pooled.min() < 0)
+        return cls(unit, limit, signed, bool(pooled.max() > limit), bool(pooled.min() < -limit), empty=False)
+
+
+def _columns(maps: Any, unit: Any, batch: int, size: tuple[int, int]) -> list[_Column]:
+    if isinstance(maps, Tensor):
+        listed = [("", maps)]
+    elif isinstance(maps, Mapping):
+        listed = [(str(name), m) for name, m in maps.items()]
+    elif isinstance(maps, Sequence) and not isinstance(maps, str):
+        listed = [(f"map {i}", m) for i, m in enumerate(maps, start=1)]
+    else:
+        raise TypeError(f"maps must be a tensor, a mapping of names to tensors or a list, got {type(maps).__name__}")
+    if not listed:
+        raise ValueError("maps must hold at least one map, got none")
+    if isinstance(unit, Mapping):
+        lacking = [name for name, _ in listed if name not in unit]
+        if lacking:
+            raise ValueError(
+                f"unit must name a unit for each map, got none for {lacking[0]!r}; maps: {[n for n, _ in listed]}"
+            )
+    elif not isinstance(unit, str):
+        raise TypeError(f"unit must be a string or a mapping of map names to strings, got {type(unit).__name__}")
+    return [
+        _Column(
+            name, unit if isinstance(unit, str) else unit[name], check_maps(m, size=size, batch=batch).cpu().numpy()
+        )
+        for name, m in listed
+    ]
+
+
+def _checked_titles(titles: Any, batch: int) -> list[str]:
+    if titles is None:
+        return []
+    if isinstance(titles, str) or len(titles) != batch:
+        got = "a string" if isinstance(titles, str) else f"{len(titles)}"
+        raise ValueError(f"titles must hold one title for each of the {batch} images, got {got}")
+    return [str(title) for title in titles]
+
+
+def _cut(text: str, width: int) -> str:
+    """Return `text`, or its beginning and an ellipsis where it has more than `width` characters."""
+    return text if len(text) <= width else text[: max(1, width - 1)].rstrip() + "…"
+
+
+def _configured(model: nn.Module) -> tuple[Channels, Channels]:
+    """Mean and std of a timm model; timm would answer with ImageNet's for any other, so those are refused."""
+    if not (getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)):
+        raise ValueError(f"{type(model).__name__} carries no timm configuration (pretrained_cfg); pass mean= and std=")
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    return config["mean"], config["std"]
+
+
+def _per_channel(values: Channels, name: str, channels: int) -> Tensor:
+    numbers = torch.as_tensor(values, dtype=torch.float32).flatten().cpu()
+    if len(numbers) not in (1, channels):
+        raise ValueError(f"{name} must be one number or one for each of the {channels} channels, got {len(numbers)}")
+    if name == "std" and not (numbers > 0).all():
+        raise ValueError(f"std must be above 0, got {numbers.tolist()}")
+    return numbers.view(1, -1, 1, 1)
+
+
+def _rgba(values: np.ndarray, signed: bool) -> np.ndarray:
+    """Colours (..., 4) of values in [-1, 1]: inferno without its black end, or blue to red; opaque towards the ends."""
+    from matplotlib import colormaps
+
+    strength = np.abs(values)
+    if signed:
+        coloured = colormaps["RdBu_r"](0.5 + 0.5 * np.sign(values) * (0.35 + 0.55 * strength))
+    else:
+        coloured = colormaps["inferno"](0.25 + 0.7 * np.clip(values, 0, 1))
+    # Faster than linear at first: weak evidence is still seen, and 0 is still the picture.
+    coloured[..., 3] = 0.85 * strength**0.6
+    return coloured
+
+
+def _draw_bar(axes: Axes, scale: _Scale) -> None:
+    """A horizontal colour bar on white, as opaque as the maps, with an arrow where values lie beyond."""
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+    low = -1.0 if scale.signed else 0.0
+    ramp = _rgba(np.linspace(low, 1, 256), scale.signed)
+    coloured = 1 + (ramp[None, :, :3] - 1) * ramp[None, :, 3:]
+    unit = {"bits": "bits per pixel"}.get(scale.unit, scale.unit)
+    axes.tick_params(labelsize=7, length=2, width=0.5, pad=1.5)
+    for spine in axes.spines.values():
+        spine.set_linewidth(0.5)
+    axes.set_yticks([])
+    if scale.empty:
+        axes.set_xlim(0, 1)
+        axes.set_xticks([0])
+        axes.set_xlabel(f"{unit} (all zero)", fontsize=7.5, labelpad=1)
+        return
+    axes.imshow(coloured, aspect="auto", extent=(low * scale.limit, scale.limit, 0, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10], symmetric=scale.signed))
+    axes.set_xlim(low * scale.limit, scale.limit)
+    # Maps in bits per pixel are small numbers: a power of ten in the label reads better than 0.0025.
+    power = math.floor(math.log10(scale.limit))
+    power = 0 if -2 <= power <= 3 else power
+    formatter = ScalarFormatter(useOffset=False)
+    formatter.set_scientific(False)
+    axes.xaxis.set_major_formatter(formatter if power == 0 else lambda value, _: f"{value / 10.0**power:g}")
+    factor = "" if power == 0 else rf"$10^{{{power}}}$ "
+    axes.set_xlabel(f"{factor}{unit}, {'signed' if scale.signed else 'non-negative'}", fontsize=7.5, labelpad=1)
+    for beyond, x, direction, colour in (
+        (scale.above, 1.0, 1, coloured[0, -1]),
+        (scale.below, 0.0, -1, coloured[0, 0]),
+    ):
+        if beyond:
+            tip = [(x, 0), (x + direction * 0.03, 0.5), (x, 1)]
+            axes.fill(*zip(*tip, strict=True), transform=axes.transAxes, color=colour, clip_on=False, lw=0)
+
+
+def _show(axes: Axes, picture: np.ndarray) -> Axes:
+    axes.imshow(picture, interpolation="nearest", aspect="auto")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    return axes
+
+
+def _note(values: np.ndarray, unit: str) -> str:
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return "all zero" if low == 0 else f"constant {low:.3g}"
+    return f"{values.sum(dtype=np.float64):.3g} bits in all" if unit == "bits" else ""

@@ -1,0 +1,590 @@
+"""The benchmark: that its rows are what methods and metrics say one by one, and what it does when things go wrong."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import Saliency
+from PIL import Image
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+import ib_explain as ibx
+from ib_explain import benchmark as run_benchmark
+from ib_explain.cli import main
+from ib_explain.contenders import contenders_of
+from ib_explain.data import Synthetic
+from ib_explain.data.boxes import BoxBatch
+from ib_explain.data.gaze import GazeBatch
+from ib_explain.figures import LIGHT, Plot
+from ib_explain.ib import IBAttention
+from ib_explain.methods.base import NotApplicable
+from ib_explain.methods.grad_cam import GradCAM
+from ib_explain.metrics import (
+    auc_shuffled,
+    deletion,
+    energy_inside,
+    information_gain,
+    insertion,
+    other_fixations,
+    sparsity_max_over_mean,
+)
+from ib_explain.report import Pictures
+from ib_explain.sources import Source
+from tests.models import CLASSES, images, tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch, request):
+    """Spares tests that look at numbers the drawing."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(sys.modules["ib_explain.benchmark"], "draw_pictures", lambda *_: Pictures())
+        monkeypatch.setattr(Plot, "png", lambda self, theme=LIGHT, **options: small_png())
+
+
+@pytest.fixture
+def drawn():
+    """Asks for the pictures."""
+
+
+def small_png() -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 20), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def host():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def x():
+    return images(6)
+
+
+def half_masks(count: int) -> Tensor:
+    masks = torch.zeros(count, 1, 24, 24, dtype=torch.bool)
+    masks[:, :, 4:14, 6:20] = True
+    return masks
+
+
+def batches(x: Tensor, size: int = 2, labels: Tensor | None = None):
+    labels = torch.arange(len(x)) % CLASSES if labels is None else labels
+    return list(zip(x.split(size), labels.split(size), strict=True))
+
+
+def measure(host, data, methods=("center_gaussian",), metrics=("sparsity_max_over_mean",), **options):
+    return run_benchmark(host, data, methods=methods, metrics=metrics, show_progress=False, **options)
+
+
+def values(board, method, metric):
+    return torch.tensor([row.value for row in board.rows if (row.method, row.metric) == (method, metric)])
+
+
+# What comes out
+
+
+def test_rows_are_what_methods_and_metrics_say_one_by_one(host, x):
+    data = [{"image": part, "mask": half_masks(len(part))} for part in x.split(2)]
+    board = measure(host, data, ["grad_cam", "edges"], ["insertion", "deletion", "energy_inside"])
+    target = host(x).argmax(1)
+    for method in ("grad_cam", "edges"):
+        maps = ibx.attribute(host, x, target=target, method=method)
+        curve = insertion(host, x, maps, target)
+        assert_close(values(board, method, "insertion"), curve.auc)
+        assert_close(values(board, method, "deletion"), deletion(host, x, maps, target).auc)
+        assert_close(values(board, method, "energy_inside"), energy_inside(maps, half_masks(6)), equal_nan=True)
+        stored = next(c for c in board.curves if (c.method, c.metric) == (method, "insertion"))
+        assert_close(torch.from_numpy(stored.scores), curve.scores)
+    assert board.summary.reference == "grad_cam" and len(board.rows) == 2 * 3 * 6
+    assert [row.name for row in board.rows[::6]] == [f"image {i}" for i in range(6)]
+
+
+def test_labels_are_explained_on_demand(host, x):
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    board = measure(host, batches(x, 4, labels), ["grad_cam"], ["insertion"], target="label")
+    maps = ibx.attribute(host, x, target=labels, method="grad_cam")
+    assert_close(values(board, "grad_cam", "insertion"), insertion(host, x, maps, labels).auc)
+
+
+def test_gaze_has_the_fixations_of_all_other_images_and_the_centre_prior(host, x):
+    points = [torch.rand(n, 2, generator=torch.Generator().manual_seed(n)) * 23 for n in (3, 5, 0, 2, 4, 6)]
+    density = torch.rand(6, 1, 24, 24, generator=torch.Generator().manual_seed(0))
+    whole = GazeBatch(x, points, density, torch.zeros(6, dtype=torch.int64))
+    data = [GazeBatch(*(field[i : i + 4] for field in whole)) for i in (0, 4)]
+    board = measure(host, data, ["edges"], ["auc_shuffled", "information_gain", "cc"])
+    maps = ibx.attribute(host, x, method="edges")
+    expected = auc_shuffled(maps, points, other_fixations(points))
+    assert_close(values(board, "edges", "auc_shuffled"), expected, equal_nan=True)
+    gained = information_gain(maps, points)
+    assert_close(values(board, "edges", "information_gain"), gained, equal_nan=True, atol=1e-4, rtol=1e-4)
+    assert board.run["settings"]["metrics"]["cc"]["truth"] == "density"  # the conventions are kept
+
+
+def test_every_kind_of_method_takes_part(host, x):
+    fitted = IBAttention(host, "stages.1").fit([x], steps=2, show_progress=False)
+
+    def gradient_free(model, x, target):
+        return x.mean(1)
+
+    methods = [
+        "grad_cam",
+        ("grad_cam", {"relu": False, "layer": "stages.1"}),
+        fitted,
+        (fitted, {"output": "attention"}),
+        Saliency(host),
+        gradient_free,
+        GradCAM(relu=False),
+    ]
+    with pytest.raises(ValueError, match="two methods are called 'grad_cam'"):
+        contenders_of(methods, host)
+    board = measure(host, [x[:2]], methods[:6])
+    names = [
+        *("grad_cam", "grad_cam(relu=False, layer=stages.1)", "ib_fitted", "ib_fitted(output=attention)"),
+        *("Saliency", "gradient_free"),
+    ]
+    assert list(board.run["settings"]["methods"]) == names
+    assert all(row.status == "ok" for row in board.rows)
+    facts = board.run["settings"]["methods"]
+    assert facts[names[1]] == {"method": "grad_cam", "relu": False, "layer": "stages.1"}
+    assert len(facts["ib_fitted"]["weights"]) == 16 and facts["ib_fitted"]["layer"] == "stages.1"
+    assert facts["gradient_free"]["method"].endswith("gradient_free")
+    units = [contender.unit for contender in contenders_of(methods[:6], host)]
+    assert units[0] == "gradient x feature" and units[2:4] == ["bits", "attention"] and "gradient_free" in units[5]
+    expected = sparsity_max_over_mean(ibx.attribute(host, x[:2], method="grad_cam", layer="stages.1", relu=False))
+    assert_close(values(board, names[1], "sparsity_max_over_mean"), expected, equal_nan=True)
+    named = measure(host, [x[:2]], {"a": GradCAM(relu=False), "b": "grad_cam"}, reference="b")
+    assert list(named.run["settings"]["methods"]) == ["a", "b"] and named.summary.reference == "b"
+
+
+def test_one_layer_for_all_who_look_at_one(host, x):
+    board = measure(host, [x[:2]], ["grad_cam", "random"], layer="stages.1")
+    expected = sparsity_max_over_mean(ibx.attribute(host, x[:2], method="grad_cam", layer="stages.1"))
+    assert_close(values(board, "grad_cam", "sparsity_max_over_mean"), expected, equal_nan=True)
+    assert all(row.status == "ok" for row in board.rows) and board.run["settings"]["layer"] == "stages.1"
+
+
+def test_what_several_methods_and_metrics_share_is_scored_once(host, x):
+    rows = []
+    handle = host.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    try:
+        measure(host, [x], ["constant", "edges"], ["insertion", "ic", "deletion"])
+    finally:
+        handle.remove()
+    # One image to see the classes; intact, blurred, zeros; and for both methods the two points inside of two curves.
+    assert sum(rows) == 1 + 3 * 6 + 2 * 2 * 2 * 6
+
+
+def test_cost_is_measured_once_and_by_arithmetic(host):
+    board = measure(host, [images(10), images(4, seed=1)], ["grad_cam", "constant"], ["forward_passes", "time"])
+    found = values(board, "grad_cam", "forward_passes")
+    assert len(found) == 8 and 1 <= float(found[0]) < 1.05 and len(set(found.tolist())) == 1
+    assert float(values(board, "constant", "forward_passes")[0]) == 0
+    assert (values(board, "grad_cam", "time") > 0).all()
+    assert all(cell.undefined == 0 for cell in board.summary.cells.values())
+
+
+def test_batch_size_changes_no_number(host, x):
+    whole, parts = (
+        measure(host, [x], ["grad_cam", "random"], ["insertion", "infidelity"], batch_size=size) for size in (None, 4)
+    )
+    for a, b in zip(whole.rows, parts.rows, strict=True):
+        assert a.key == b.key and abs(a.value - b.value) < 1e-5
+
+
+def test_the_host_and_all_random_numbers_are_handed_back(x):
+    host = tiny().train()
+    host.fc.weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in host.state_dict().items()}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+
+    def noisy(model, x, target):
+        assert not model.training
+        return torch.rand(len(x), *x.shape[2:]) + np.random.rand()  # noqa: NPY002 - a user's old habits
+
+    boards = [measure(host, batches(x), [noisy, "grad_cam"]) for _ in range(2)]
+    assert [row.value for row in boards[0].rows] == [row.value for row in boards[1].rows]
+    assert host.training and host.stages.training and not host.fc.weight.requires_grad
+    assert host.stem.weight.requires_grad and host.stem.weight.grad is None
+    assert_close(host.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
+
+
+# What fails
+
+
+def test_a_method_that_fails_on_a_batch_costs_that_cell_with_its_reason(host, x):
+    def fails_on_one(model, images, target):
+        if torch.equal(images[0], x[2]):
+            raise RuntimeError("no map\nfor this one")
+        return images.abs().mean(1)
+
+    def with_nan(model, images, target):
+        return images.mean(1).log()
+
+    def wrong_shape(model, images, target):
+        return images[:1]
+
+    def not_here(model, images, target):
+        raise NotApplicable("this model has no attention")
+
+    board = measure(
+        host, batches(x), [fails_on_one, with_nan, wrong_shape, not_here, "edges"], ["insertion", "deletion"]
+    )
+    cells = board.summary.cells
+    assert cells["fails_on_one", "insertion"].n == 4 and cells["fails_on_one", "insertion"].failed == 2
+    assert cells["fails_on_one", "insertion"].reason == "RuntimeError: no map for this one"
+    assert cells["with_nan", "insertion"].failed == 6 and "finite" in cells["with_nan", "insertion"].reason
+    assert cells["wrong_shape", "insertion"].failed == 6
+    assert "one map for each of the 2 images" in cells["wrong_shape", "insertion"].reason
+    assert cells["not_here", "deletion"].status == "not_applicable"
+    assert cells["not_here", "deletion"].reason == "this model has no attention"
+    assert cells["edges", "insertion"].n == 6
+
+
+def test_a_metric_that_fails_costs_its_own_cell(host, x):
+    fitted = IBAttention(host, "stages.1").fit([x], steps=1, show_progress=False)
+    board = measure(host, [x[:2]], [fitted, "edges"], ["infidelity", "model_randomisation", "sparsity_max_over_mean"])
+    cell = board.summary.cells["ib_fitted", "model_randomisation"]  # which explains a copy with other weights
+    assert cell.status == "not_applicable" and "fitted to another model" in cell.reason
+    assert board.summary.cells["ib_fitted", "infidelity"].n == 2
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), MemoryError("full"), torch.cuda.OutOfMemoryError("CUDA out of memory")]
+)
+def test_interruption_and_lack_of_memory_are_not_swallowed(host, x, tmp_path, error):
+    calls = []
+
+    def method(model, images, target):
+        calls.append(1)
+        if len(calls) > 1:
+            raise error
+        return images.mean(1)
+
+    with pytest.raises(type(error)):
+        measure(host, batches(x), [method], out=tmp_path / "run")
+    assert len(ibx.Leaderboard.read(tmp_path / "run").rows) == 2  # finished work is kept
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"methods": ["gradcam"]}, ValueError, "unknown method 'gradcam'; did you mean 'grad_cam'"),
+        ({"methods": []}, ValueError, "at least one method"),
+        ({"methods": "grad_cam"}, TypeError, r"write \['grad_cam'\]"),
+        ({"methods": [("grad_cam", {"rule": 1})]}, TypeError, "no option 'rule'; did you mean 'relu'"),
+        ({"methods": [("grad_cam", 1)]}, TypeError, "must be .method, dict of options."),
+        ({"methods": [3]}, TypeError, "got int"),
+        ({"metrics": ["insertions"]}, ValueError, "unknown metric 'insertions'; did you mean 'insertion'"),
+        ({"metrics": "insertion"}, TypeError, r"write \['insertion'\]"),
+        ({"metrics": []}, ValueError, "at least one name"),
+        ({"metrics": ["energy_inside"]}, ValueError, "needs masks, which the data does not have; it holds images, lab"),
+        ({"metrics": ["nss"]}, ValueError, "needs fixations, which the data does not have"),
+        ({"metrics": ["auc_shuffled"]}, ValueError, "needs fixations, which"),
+        ({"reference": "edgy"}, ValueError, "reference must be one of the methods, got 'edgy'; did you mean 'edges'"),
+        ({"target": "labels"}, ValueError, "unknown target 'labels'; did you mean 'label'"),
+        ({"images": 0}, ValueError, "images must be an integer >= 1"),
+        ({"data": []}, ValueError, "data yielded no batch"),
+        ({"data": torch.zeros(2, 3, 24, 24)}, TypeError, "iterable of batches, got Tensor"),
+        ({"data": [{"pixels": 1}]}, TypeError, "batch 0 of the data must be images.* got keys 'pixels'"),
+        (
+            {"data": [(images(2), torch.tensor([0, 5]))]},
+            IndexError,
+            "label 5 of 'image 1' is out of range .* 5 classes",
+        ),
+        ({"data": [images(2)], "target": "label"}, ValueError, "target='label' needs labels"),
+        ({"data": [images(2), images(2, size=32)]}, ValueError, "images must be of one size, got .* in batch 1"),
+        (
+            {"data": [BoxBatch(images(1), torch.zeros(1).long(), [torch.tensor([[0.0, 0, 30, 3]])])]},
+            ValueError,
+            "inside",
+        ),
+        ({"data": [{"image": images(2), "mask": torch.ones(2, 1, 24, 24)}]}, ValueError, "masks must be a bool tensor"),
+        (
+            {"data": [{"image": images(1), "fixations": [torch.tensor([[1.0, 24.0]])]}]},
+            ValueError,
+            "fixations must lie",
+        ),
+        ({"data": [images(2)], "names": ["only one"]}, ValueError, "one name for each image"),
+    ],
+)
+def test_mistakes(host, x, change, kind, message):
+    given = {"data": batches(x), "methods": ["edges"], "metrics": ["insertion"], **change}
+    with pytest.raises(kind, match=message):
+        run_benchmark(host, given.pop("data"), show_progress=False, **given)
+
+
+def test_a_bottleneck_of_another_host_is_refused(host, x):
+    other = IBAttention(tiny(seed=1), "stages.1").fit([x], steps=1, show_progress=False)
+    with pytest.raises(ValueError, match="belongs to another TinyCNN, not to this TinyCNN"):
+        measure(host, [x], [other])
+
+
+def test_masks_that_end_are_a_mistake_in_the_data(host, x, tmp_path):
+    data = [{"image": x[:2], "mask": half_masks(2)}, {"image": x[2:4]}]
+    with pytest.raises(ValueError, match="batch 1 of the data has no masks, the first batch has"):
+        measure(host, data, metrics=["energy_inside"], out=tmp_path)
+    assert len(ibx.Leaderboard.read(tmp_path).rows) == 2
+
+
+# Where it is kept
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(host, x, tmp_path):
+    board = measure(host, batches(x), out=tmp_path / "run")
+    assert {"run.json", "rows.csv", "summary.md", "report.html"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for change, named in (
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+        ({"methods": ["edges"]}, "methods.center_gaussian"),
+        ({"data": batches(x + 1)}, "data.first_batch"),
+        ({"images": 4}, "data.images is 6 there and 4 here"),
+        ({"host": tiny(seed=3)}, "model.weights"),
+    ):
+        options = {"host": host, "data": batches(x), **change}
+        with pytest.raises(ValueError, match=named):
+            measure(options.pop("host"), options.pop("data"), out=tmp_path / "run", **options)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    again = measure(host, batches(x), out=tmp_path / "run", batch_size=1)  # which changes no number
+    assert [row.value for row in again.rows] == [row.value for row in board.rows]
+    assert again.run["info"]["versions"]["torch"] == torch.__version__ and len(again.run["resumed"]) == 1
+
+
+SCRIPT = """
+    import os, signal, sys
+    import torch
+    import ib_explain as ibx
+    import ib_explain.benchmark
+    from ib_explain.figures import Plot
+    from ib_explain.report import Pictures
+    from tests.models import images, tiny
+
+    sys.modules["ib_explain.benchmark"].draw_pictures = lambda *_: Pictures()
+    sys.modules["ib_explain.leaderboard"].plots = lambda *_: []
+    sys.modules["ib_explain.leaderboard"].write_report = lambda *_, **options: None
+    folder, kill_at = sys.argv[1], int(sys.argv[2])
+    x = images(10)
+
+    def method(model, part, target):
+        with open(folder + ".log", "a") as log:
+            print(next(i for i in range(10) if torch.equal(x[i], part[0])), file=log)
+        if len(open(folder + ".log").readlines()) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return part.abs().mean(1)
+
+    methods = ["grad_cam", "random", method]
+    ibx.benchmark(tiny(), list(x.split(2)), methods=methods, metrics=["insertion", "infidelity"], out=folder)
+"""
+
+
+def run_script(tmp_path, folder, kill_at=0, launcher=()):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    command = [sys.executable, *launcher, str(script), str(tmp_path / folder), str(kill_at)]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def test_a_killed_run_resumes_and_several_processes_give_the_same_file(tmp_path, capsys):
+    x = images(10)
+
+    def method(model, part, target):
+        return part.abs().mean(1)
+
+    methods, metrics = ["grad_cam", "random", method], ["insertion", "infidelity"]
+    board = run_benchmark(tiny(), list(x.split(2)), methods=methods, metrics=metrics, out=tmp_path / "whole")
+    assert "benchmark 30/30" in capsys.readouterr().err
+
+    assert run_script(tmp_path, "killed", kill_at=3).returncode == -9
+    half = (tmp_path / "killed" / "rows.csv").read_text().splitlines()
+    assert len(half) == 1 + 2 * 2 * 3 * 2  # two batches of two images, three methods, two metrics
+    again = run_script(tmp_path, "killed")
+    assert again.returncode == 0, again.stderr
+    assert "s left" in again.stderr
+    # The third batch was begun twice; no finished one was done again.
+    assert (tmp_path / "killed.log").read_text().split() == ["0", "2", "4", "4", "6", "8"]
+
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    two = run_script(tmp_path, "two", launcher=launcher)
+    assert two.returncode == 0, two.stderr
+    assert sorted((tmp_path / "two.log").read_text().split()) == ["0", "2", "4", "6", "8"]
+
+    expected = (tmp_path / "whole" / "rows.csv").read_bytes()
+    assert (tmp_path / "killed" / "rows.csv").read_bytes() == expected
+    assert (tmp_path / "two" / "rows.csv").read_bytes() == expected
+    for folder in ("killed", "two"):
+        assert (tmp_path / folder / "summary.json").read_text() == board.to_json()
+
+
+# What it reads
+
+
+@dataclass
+class Named(Dataset):
+    x: Tensor
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index], index % CLASSES
+
+    def name(self, index):
+        return f"{index}.jpg"
+
+
+def test_data_sets_and_loaders_are_read_batch_by_batch_with_their_names(x):
+    read = []
+
+    class Watched(Named):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    source = Source(DataLoader(Watched(x), batch_size=2))
+    assert source.sizes == [2, 2, 2] and source.first.names == ["0.jpg", "1.jpg"]
+    read.clear()
+    (only,) = source.batches(skip=lambda number: number != 1)
+    assert read == [2, 3] and only.images == [2, 3]  # what is skipped is not read
+    assert [b.number for b in source.batches(rank=1, world=2)] == [1]
+    picked = source.pick({5, 0})
+    assert picked.names == ["0.jpg", "5.jpg"] and torch.equal(picked.x, x[[0, 5]])
+    subset = Source(Subset(Named(x), [4, 1]))
+    assert subset.first.names == ["4.jpg", "1.jpg"] and subset.facts()["name"] == "Named"
+
+
+def test_n_images_are_spread_over_a_data_set_and_are_the_first_of_a_list(x):
+    spread = Source(DataLoader(Named(x), batch_size=2), images=3)
+    assert spread.sizes == [2, 1]
+    assert [name for b in spread.batches() for name in b.names] == ["0.jpg", "2.jpg", "4.jpg"]
+    first = Source(list(x.split(2)), images=3)
+    assert first.sizes == [2, 1] and torch.equal(torch.cat([b.x for b in first.batches()]), x[:3])
+    once = Source(iter(x.split(2)), images=3)
+    assert once.sizes is None and torch.equal(torch.cat([b.x for b in once.batches()]), x[:3])
+
+
+def test_a_shuffling_loader_has_one_order_for_a_seed(x):
+    loader = DataLoader(TensorDataset(x, torch.arange(6) % CLASSES), batch_size=2, shuffle=True)
+    orders = [torch.cat([b.x for b in Source(loader, seed=seed).batches()]) for seed in (0, 0, 1)]
+    assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
+
+
+def test_a_loader_of_its_own_kind_has_one_order_however_often_it_is_read(x):
+    class Shuffling:
+        def __iter__(self):
+            return iter(x[torch.randperm(6)].split(2))
+
+    source = Source(Shuffling(), seed=3)
+    whole = list(source.batches())
+    assert torch.equal(whole[0].x, source.first.x) and source.sizes is None
+    assert torch.equal(source.pick({4}).x, whole[2].x[:1])
+
+
+def test_one_time_iterators_give_everything_but_what_needs_a_second_look(host, x):
+    board = measure(host, (batch for batch in batches(x)), ["edges"], ["insertion"])
+    assert_close(
+        values(board, "edges", "insertion"),
+        values(measure(host, batches(x), ["edges"], ["insertion"]), "edges", "insertion"),
+    )
+    gaze = ({"image": part, "fixations": [torch.ones(1, 2)] * 2} for part in x.split(2))
+    with pytest.raises(ValueError, match="needs the fixations of all other images beforehand"):
+        measure(host, gaze, metrics=["auc_shuffled"])
+
+
+def test_synthetic_pictures_come_with_their_masks():
+    source = Source(Synthetic(4))
+    assert source.first.truths == ("masks",) and source.first.masks.shape == (4, 1, 64, 64)
+    boxes = BoxBatch(images(2), torch.zeros(2).long(), [torch.tensor([[2.0, 3, 5, 9]]), torch.zeros(0, 4)])
+    masks = Source([boxes]).first.masks
+    assert masks[0].sum() == 4 * 7 and not masks[1].any()
+
+
+def test_a_stream_of_samples_is_read_in_batches(x):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([(image, 1) for image in x])
+
+    source = Source(Stream())
+    assert len(source.first.x) == 6 and source.first.labels.tolist() == [1] * 6 and source.readable_again
+
+
+# Pictures, front door, command line
+
+
+def test_pictures_show_the_sheet_and_the_extremes(host, x, drawn):
+    def fails(model, images, target):
+        raise RuntimeError("never")
+
+    data = x.sigmoid()  # in [0, 1]: no normalisation to undo
+    board = measure(host, batches(data), ["grad_cam", "hires_cam", fails], ["insertion"])
+    wanted = {(m, case.image) for m, (best, worst) in board.extremes().items() for case in [*best, *worst]}
+    assert wanted and set(board.pictures.cases) == wanted and len(board.pictures.sheets) == 1
+    sheet = board.pictures.sheets[0]
+    assert "share one scale" in sheet.caption and "fails" not in sheet.alt and "grad_cam" in sheet.alt
+    assert "grey" not in sheet.caption
+    assert board.pictures.cases["grad_cam", board.extremes()["grad_cam"][0][0].image].size == (256, 128)
+    normalised = measure(host, (batch for batch in batches(x)), ["grad_cam"], ["insertion"])
+    assert "in grey" in normalised.pictures.sheets[0].caption
+    assert {image for _, image in normalised.pictures.cases} <= {0, 1}  # the rest of the iterator is gone
+
+
+def test_names_at_the_front_door_stay_functions():
+    import ib_explain.benchmark
+    import ib_explain.sites
+    from ib_explain.visualize import overlay
+
+    assert callable(ibx.sites) and callable(ibx.benchmark) and callable(ibx.visualize) and callable(overlay)
+    assert ibx.benchmark.__module__ == "ib_explain.benchmark" and ibx.Leaderboard is ib_explain.Leaderboard
+    assert {"insertion", "cc", "time"} <= set(ibx.available_metrics())
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    noise = np.random.default_rng(0)
+    for name in "ab":
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for number in range(2):
+            pixels = noise.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "val" / name / f"{number}.png")
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text("split,file,xmin,ymin,xmax,ymax\nval,a/0.png,3,4,30,40\nval,b/1.png,3,4,30,40\ntrain,c,0,0,1,1\n")
+    words = ["benchmark", "test_resnet", "--input-size", "64", "--num-classes", "5", "--device", "cpu"]
+    words += ["--data", str(tmp_path), "--split", "val", "--workers", "0", "--out", str(tmp_path / "out")]
+
+    def run(*more):
+        torch.manual_seed(0)  # the weights
+        code = main([*words, *more])
+        return code, capsys.readouterr()
+
+    code, said = run("--boxes", str(boxes), "--methods", "grad_cam,edges", "--metrics", "insertion,energy_inside")
+    assert code == 0, said.err
+    assert "energy_inside" in said.out and "report.html" in said.out
+    board = ibx.Leaderboard.read(tmp_path / "out")
+    assert [row.name for row in board.rows[::4]] == ["a/0.png", "b/1.png"]  # those that have a box
+    assert board.run["settings"]["data"]["name"] == f"{tmp_path.name} val"
+    for more, message in (
+        (["--methods", "gradcam"], "did you mean 'grad_cam'"),
+        (["--metrics", "energy_inside"], "needs masks, which the data does not have"),
+        (["--gaze", str(tmp_path)], "or --gaze FOLDER; got both"),
+        (["--boxes", str(tmp_path / "none.csv")], "no such table of boxes"),
+        (["--bottleneck", str(tmp_path)], "no saved bottleneck"),
+        (["--metrics", "insertion", "--methods", "edges"], "holds another run"),
+    ):
+        code, said = run(*more)
+        assert code == 2 and message in said.err.splitlines()[-1], said.err

@@ -1,0 +1,121 @@
+"""Anchors and the attention network."""
+
+import pytest
+import torch
+
+from ib_explain.bottleneck.anchors import Anchors
+from ib_explain.bottleneck.attention import AttentionNetwork, class_evidence, unit_scale
+
+
+def test_anchors_replace_by_the_nearest_value():
+    anchors = Anchors(5)  # 0, .25, .5, .75, 1
+    got, _ = anchors(torch.tensor([-0.3, 0.1, 0.2, 0.6, 0.99]))
+    torch.testing.assert_close(got, torch.tensor([0.0, 0.0, 0.25, 0.5, 1.0]))
+
+
+def test_gradient_passes_straight_through_to_the_attention_and_only_the_loss_moves_anchors():
+    anchors, a = Anchors(4), torch.tensor([0.1, 0.5, 0.8], requires_grad=True)
+    quantised, _ = anchors(a)
+    weights = torch.tensor([1.0, -2.0, 3.0])
+    to_attention, to_anchors = torch.autograd.grad((quantised * weights).sum(), [a, anchors.values], allow_unused=True)
+    torch.testing.assert_close(to_attention, weights)
+    assert to_anchors is None or torch.equal(to_anchors, torch.zeros(4))
+
+
+def test_loss_is_the_codebook_and_commitment_of_lai_et_al():
+    anchors, a = Anchors(2), torch.tensor([0.2, 0.9], requires_grad=True)
+    _, loss = anchors(a)
+    assert loss.item() == pytest.approx((0.4 + 0.1) * (0.04 + 0.01) / 2)
+    to_attention, to_anchors = torch.autograd.grad(loss, [a, anchors.values])
+    torch.testing.assert_close(to_attention, 0.1 * 2 * torch.tensor([0.2, -0.1]) / 2)
+    torch.testing.assert_close(to_anchors, 0.4 * 2 * torch.tensor([-0.2, 0.1]) / 2)
+
+
+def test_unsorted_anchors_still_give_the_nearest():
+    anchors = Anchors(3)
+    with torch.no_grad():
+        anchors.values.copy_(torch.tensor([0.9, 0.1, 0.4]))
+    torch.testing.assert_close(anchors(torch.tensor([0.0, 0.5, 1.0]))[0], torch.tensor([0.1, 0.4, 0.9]))
+
+
+def reads(gradient, batch=3):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(batch, *shape, generator=generator)
+
+    deep = [random(6, 4, 4), random(10, 2, 2)]
+    if gradient:
+        return random(5, 8, 8), deep, random(5, 8, 8), [random(6, 4, 4), random(10, 2, 2)], None
+    return random(5, 8, 8), deep, None, [], random(7)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_attention_is_a_probability_and_its_deviation_positive(gradient):
+    network = AttentionNetwork(5, [6, 10], gradient=gradient, query_width=0 if gradient else 7)
+    mean, std = network(*reads(gradient))
+    assert mean.shape == std.shape == (3, 1, 8, 8)
+    assert ((mean > 0) & (mean < 1)).all() and (std > 0).all()
+
+
+def test_the_scale_of_the_gradient_does_not_matter():
+    network = AttentionNetwork(5, [6, 10], gradient=True, query_width=0)
+    features, deep, gradient, deep_gradients, _ = reads(True)
+    plain = network(features, deep, gradient, deep_gradients, None)[0]
+    scaled = network(features, deep, gradient * 1e-4, [g * 1e-4 for g in deep_gradients], None)[0]
+    torch.testing.assert_close(plain, scaled, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_attention_depends_on_the_class_and_not_on_the_batch(gradient):
+    network = AttentionNetwork(5, [6, 10], gradient=gradient, query_width=0 if gradient else 7)
+    torch.nn.init.normal_(network.head.weight, std=1.0)
+    features, deep, grad, deep_grads, query = reads(gradient)
+    whole = network(features, deep, grad, deep_grads, query)[0]
+    one = network(
+        features[1:2],
+        [d[1:2] for d in deep],
+        None if grad is None else grad[1:2],
+        [g[1:2] for g in deep_grads],
+        None if query is None else query[1:2],
+    )[0]
+    torch.testing.assert_close(whole[1:2], one, rtol=1e-5, atol=1e-5)
+    other_class = network(
+        features, deep, None if grad is None else -grad, deep_grads, None if query is None else -query
+    )
+    assert (other_class[0] - whole).abs().max() > 1e-3
+
+
+def test_a_zero_gradient_gives_finite_evidence():
+    zeros = torch.zeros(2, 4, 3, 3)
+    assert torch.equal(class_evidence(torch.randn(2, 4, 3, 3), zeros), torch.zeros(2, 2, 3, 3))
+    assert torch.equal(unit_scale(zeros), zeros)
+
+
+def bottleneck(period):
+    from ib_explain.bottleneck.module import Bottleneck, Restriction
+    from ib_explain.statistics import Moments
+
+    moments = Moments(torch.zeros(1, 5, 1, 1), torch.ones(1, 5, 1, 1), 1)
+    return Bottleneck(Restriction("gaussian", moments, []), [], gradient=True, classes=None, period=period)
+
+
+def test_a_stride_pattern_is_divided_out_and_the_sum_stays():
+    lattice = torch.tensor([[1.6, 0.6], [0.6, 1.2]])
+    image = torch.rand(3, 1, 4, 3, generator=torch.Generator().manual_seed(0)) + 1
+    smooth = torch.nn.functional.interpolate(image, size=(7, 6), mode="nearest")
+    bits = smooth * lattice.repeat(4, 3)[:7]
+    b = bottleneck(2)
+    b.follow_phases(b.phases_of(bits), 1.0)
+    b.follow_phases(lattice, 1.0)
+    even = b.even(bits)
+    torch.testing.assert_close(even.sum((2, 3)), bits.sum((2, 3)))
+    ratio = even / smooth
+    torch.testing.assert_close(ratio, ratio.mean((2, 3), keepdim=True).expand_as(ratio))
+
+
+def test_phases_are_the_mean_pattern_of_a_batch():
+    lattice = torch.tensor([[2.0, 0.5], [1.0, 0.5]])
+    b = bottleneck(2)
+    torch.testing.assert_close(b.phases_of(lattice.repeat(3, 4).expand(2, 1, 6, 8)), lattice)
+    assert torch.equal(bottleneck(1).even(torch.ones(1, 1, 3, 3)), torch.ones(1, 1, 3, 3))

@@ -1,0 +1,278 @@
+"""The command line as a user meets it: what is printed, what is written, exit codes, one line for each mistake."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ib_explain.cli import main
+from ib_explain.commands.map_folder import plan_names
+from ib_explain.hosts import class_names, load_host
+
+MODEL = ["test_resnet", "--input-size", "64", "--num-classes", "5"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint of the host, so that every call has the same one."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("host") / "host.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=5).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def host(weights):
+    return [*MODEL, "--checkpoint", str(weights), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Class folders with pictures: train/{a,b,c,d,e}/{0,1}.png."""
+    root = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for name in "abcde":
+        (root / "train" / name).mkdir(parents=True)
+        for number in range(2):
+            pixels = noise.integers(0, 255, (70, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "train" / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def bottleneck(host, pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fit") / "ib"
+    options = ["--data", str(pictures), "--split", "train", "--steps", "2", "--batch-size", "4", "--workers", "0"]
+    assert main(["fit", *host, *options, "--out", str(out)]) == 0
+    return out
+
+
+def fails(capsys, *words):
+    """Run a command that is the user's mistake; return its one line."""
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if "probing" not in line and "warning:" not in line]
+    assert code == 2 and len(lines) == 1 and said.out == "", (code, said)
+    assert lines[0].startswith("ib-explain: ")
+    return lines[0].removeprefix("ib-explain: ")
+
+
+def test_help_has_an_example_for_each_command_and_needs_no_torch():
+    code = (
+        "import sys; from ib_explain.cli import main\n"
+        "try: main([{0!r}, '--help'])\n"
+        "except SystemExit as e: assert not e.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    for command in ("demo", "layers", "fit", "attribute"):
+        script = code.format(command)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"\n  ib-explain {command}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "required: COMMAND; see `ib-explain --help`"),
+        (["explain"], "invalid choice: 'explain'"),
+        (["layers"], "required: MODEL; see `ib-explain layers --help`"),
+        (["layers", "test_resnet", "--inputsize", "3"], "unknown arguments: --inputsize 3; see"),
+        (["layers", "test_resnet", "--input-size", "3by4"], "must be a side such as 224 or HxW such as 192x256"),
+        (["attribute", "test_resnet", "x.jpg", "--seed", "-1"], "must be an integer >= 0, got '-1'"),
+        (["attribute", "test_resnet", "x.jpg", "--batch-size", "0"], "must be an integer >= 1, got '0'"),
+        (["layers", "resnet_18"], "unknown model 'resnet_18'; did you mean resnet18"),
+        (["layers", "resnet18.nope_in1k"], "Invalid pretrained tag"),
+        (["layers", "test_resnet", "--device", "abacus"], "no device 'abacus' here; there: cpu"),
+        (["layers", "test_resnet", "--checkpoint", "nope.pt"], "no such checkpoint file: nope.pt"),
+        (["layers", *MODEL, "--layer", "layer9"], "has no layer 'layer9'; did you mean 'layer4'"),
+        (["layers", *MODEL, "--layer", "fc"], "layer 'fc' has no spatial grid"),
+        (["layers", "test_vit", "--input-size", "20"], "test_vit does not take inputs of 3x20x20"),
+        (["fit", *MODEL], "give --data ROOT"),
+        (["fit", *MODEL, "--data", "nowhere"], "no such folder or tar file: nowhere"),
+        (["attribute", *MODEL], "name images, or --data ROOT, got neither"),
+        (["attribute", *MODEL, "x.jpg", "--data", "."], "name images, or --data ROOT, got both"),
+        (["attribute", *MODEL, "x.jpg", "--method", "gradcam"], "did you mean 'grad_cam'"),
+        (["attribute", *MODEL, "x.jpg", "--refine", "3"], "--refine starts from a fitted bottleneck"),
+        (["attribute", *MODEL, "x.jpg", "--bottleneck", "nowhere"], "nowhere is no saved bottleneck"),
+        (["attribute", *MODEL, "x.jpg", "--bottleneck", ".", "--layer", "layer1"], "leave --layer and --method out"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words, said, capsys):
+    assert said in fails(capsys, *words)
+
+
+def test_a_checkpoint_that_does_not_fit_says_what_was_expected_and_what_came(weights, tmp_path, capsys):
+    line = fails(capsys, "layers", "test_resnet", "--checkpoint", weights)
+    assert "fc.weight must be (1000, 96), got (5, 96), and 1 more; try --num-classes 5" in line
+    line = fails(capsys, "layers", "test_vit", "--checkpoint", weights)
+    assert "does not fit test_vit: it lacks" in line and "and it has" in line
+    (tmp_path / "text.safetensors").write_text("no weights at all")
+    assert "cannot read checkpoint" in fails(capsys, "layers", *MODEL, "--checkpoint", tmp_path / "text.safetensors")
+    torch.save({"state_dict": {"epoch": 3}}, tmp_path / "other.pt")
+    assert "must hold named tensors" in fails(capsys, "layers", *MODEL, "--checkpoint", tmp_path / "other.pt")
+
+
+def test_a_failure_that_is_nobodys_mistake_keeps_its_traceback(monkeypatch):
+    import ib_explain.commands.layers
+
+    def broken(_args):
+        return torch.zeros(3).reshape(7)
+
+    monkeypatch.setattr(ib_explain.commands.layers, "run", broken)
+    with pytest.raises(RuntimeError):
+        main(["layers", "test_resnet"])
+
+
+def test_random_weights_are_said(capsys):
+    assert main(["layers", *MODEL, "--layer", "layer3"]) == 0
+    assert "warning: test_resnet has random weights" in capsys.readouterr().err
+
+
+def test_layers_prints_and_writes_the_sites(host, tmp_path, capsys):
+    file = tmp_path / "sites.csv"
+    assert main(["layers", *host, "--out", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["layer", "layout", "grid", "channels", "depth", "leak", "effect"]
+    default = [line.split()[0] for line in lines if line.endswith("default")]
+    assert len(default) == 1
+    with file.open() as stream:
+        rows = {row["layer"]: row for row in csv.DictReader(stream)}
+    assert rows[default[0]]["note"] == "default"
+    assert (rows["layer3"]["height"], rows["layer3"]["channels"], rows["layer3"]["layout"]) == ("4", "192", "NCHW")
+    assert "exists" in fails(capsys, "layers", *host, "--out", file)
+
+
+def test_fit_saves_a_bottleneck_and_does_not_replace_one(bottleneck, host, pictures, capsys):
+    config = json.loads((bottleneck / "config.json").read_text())
+    assert config["input_size"] == [3, 64, 64] and config["record"]["class_folders"] == list("abcde")
+    assert not bottleneck.with_name("ib.checkpoint").exists()
+    options = ["--data", pictures, "--split", "train", "--out", bottleneck]
+    assert "exists; name another --out or --overwrite" in fails(capsys, "fit", *host, *options)
+    assert "no split 'test'" in fails(
+        capsys, "fit", *host, "--data", pictures, "--split", "test", "--out", bottleneck.with_name("other")
+    )
+
+
+def test_fit_resumes_only_what_was_interrupted(host, pictures, tmp_path, capsys):
+    options = ["--data", pictures, "--split", "train", "--steps", 2, "--batch-size", 4, "--workers", 0]
+    options += ["--out", tmp_path / "ib"]
+    assert "nothing to resume" in fails(capsys, "fit", *host, *options, "--resume")
+    (tmp_path / "ib.checkpoint").mkdir()
+    assert "--resume continues it, --overwrite starts again" in fails(capsys, "fit", *host, *options)
+    assert main([str(word) for word in ["fit", *host, *options, "--overwrite"]]) == 0
+    assert (tmp_path / "ib" / "bottleneck.safetensors").is_file() and not (tmp_path / "ib.checkpoint").exists()
+
+
+def test_attribute_does_the_readable_images_and_names_the_others(bottleneck, host, pictures, tmp_path, capsys):
+    broken = tmp_path / "more" / "broken.png"
+    broken.parent.mkdir()
+    broken.write_bytes((pictures / "train" / "a" / "0.png").read_bytes()[:2000])
+    out = tmp_path / "maps"
+    words = ["attribute", *host, pictures / "train", "missing.jpg", "--bottleneck", bottleneck]
+    words += [broken.parent, "--target", 3, "--workers", 0, "--out", out]
+    assert main([str(word) for word in words]) == 2
+    said = capsys.readouterr()
+    problems = [line for line in said.err.splitlines() if line.startswith("ib-explain: ")]
+    assert len(problems) == 2 and "missing.jpg" in problems[0] and "cannot read image" in problems[1]
+    assert "10 maps" in said.out
+    with np.load(out / "b" / "1.npz") as raw:
+        assert raw["map"].shape == (64, 64) and raw["map"].dtype == np.float32
+        assert raw["bits"] == pytest.approx(raw["map"].sum(), rel=1e-4)
+        assert raw["target"] == 3 and raw["target_name"] == "d" and raw["unit"] == "bits"
+    assert Image.open(out / "b" / "1.png").width > 100 and (out / "sheet.png").is_file()
+    with (out / "maps.csv").open() as stream:
+        assert [row["name"] for row in csv.DictReader(stream)] == [f"{c}/{i}" for c in "abcde" for i in range(2)]
+
+
+def test_attribute_continues_the_same_command_and_refuses_another(host, pictures, tmp_path, capsys):
+    out = tmp_path / "maps"
+    words = ["attribute", *host, str(pictures / "train" / "a"), "--method", "grad_cam", "--out", str(out)]
+    words += ["--workers", "0"]
+    assert main([*words, "--limit", "1"]) == 0
+    stamp = (out / "0.npz").stat().st_mtime_ns
+    assert main(words) == 0
+    assert "2 maps, 1 of them from before" in capsys.readouterr().out
+    assert (out / "0.npz").stat().st_mtime_ns == stamp
+    assert "maps of another command (target None, now 2)" in fails(capsys, *words, "--target", "2")
+    assert main([*words, "--target", "2", "--overwrite"]) == 0
+    with np.load(out / "0.npz") as raw:
+        assert raw["target"] == 2 and raw["unit"] == "gradient x feature" and np.isnan(raw["bits"])
+
+
+def test_attribute_leaves_a_folder_of_other_things_alone(host, pictures, capsys):
+    line = fails(capsys, "attribute", *host, pictures / "train" / "a" / "0.png", "--out", pictures)
+    assert "holds other files" in line
+    assert sorted(entry.name for entry in pictures.iterdir()) == ["train"]
+
+
+def test_attribute_reads_a_data_set_and_its_labels(bottleneck, host, pictures, tmp_path):
+    words = ["attribute", *host, "--data", pictures, "--split", "train", "--limit", 3, "--bottleneck", bottleneck]
+    assert main([str(word) for word in [*words, "--refine", 1, "--workers", 0, "--out", tmp_path / "maps"]]) == 0
+    with (tmp_path / "maps" / "maps.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["label"] for row in rows] == ["0", "0", "1"]
+    assert all(row["target_name"] in set("abcde") for row in rows)
+
+
+def test_a_target_out_of_range_is_one_line(host, pictures, tmp_path, capsys):
+    picture = pictures / "train" / "a" / "0.png"
+    line = fails(capsys, "attribute", *host, picture, "--target", 7, "--out", tmp_path / "m", "--workers", 0)
+    assert "target class 7 is out of range for a model with 5 classes" in line
+    assert not (tmp_path / "m").exists()  # the right command can have the folder
+
+
+def test_names_are_unique_and_stay_below_the_folder():
+    sources = [
+        ("a/x.jpg", "x.jpg"),
+        ("a/x.png", "x.png"),
+        ("b/x.jpg", "x.jpg"),
+        ("c/x.jpg", "x.jpg"),
+        ("s/y.jpg", "s/y.jpg"),
+    ]
+    names = plan_names([(Path(path), Path(below)) for path, below in sources])
+    assert names == ["x", "x-png", "x-jpg", "x-2", "s/y"]
+
+
+def test_a_model_from_a_local_folder_comes_with_its_weights(tmp_path):
+    from timm.models import save_for_hf
+
+    torch.manual_seed(1)
+    model = timm.create_model("test_resnet", num_classes=3)
+    save_for_hf(
+        model, tmp_path, model_config={"num_classes": 3, "label_names": ["x", "y", "z"]}, safe_serialization=True
+    )
+    found = load_host(f"local-dir:{tmp_path}", device="cpu")
+    assert torch.equal(found.state_dict()["fc.weight"], model.state_dict()["fc.weight"]) and not found.training
+    assert class_names(found) == ["x", "y", "z"]
+
+
+def test_names_of_classes():
+    host = timm.create_model("test_resnet")
+    assert class_names(host) is None
+    assert class_names(host, imagenet=True)[281] == "tabby"
+    small = timm.create_model("test_resnet", num_classes=2)
+    assert class_names(small, folders=["n01443537", "n02123045"]) == ["goldfish", "tabby"]
+    assert class_names(small, folders=["one"]) is None
+
+
+def test_weights_that_cannot_be_fetched_are_exit_code_1(monkeypatch, capsys):
+    def offline(*_args, **_options):
+        raise OSError("cannot reach the hub\nlong explanation")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    assert main(["layers", "hf-hub:someone/something"]) == 1
+    assert capsys.readouterr().err == "ib-explain: cannot fetch 'hf-hub:someone/something': cannot reach the hub\n"

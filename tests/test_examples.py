@@ -1,0 +1,38 @@
+"""Every example runs as a script, on tiny settings, in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+TINY = {
+    "class_conditional.py": ["--steps", "2", "--images", "64"],
+    "compare_methods.py": ["--images", "4"],
+    "quickstart.py": ["--steps", "2", "--images", "64"],
+    "your_own_model.py": ["--steps", "2"],
+}
+
+
+def test_every_example_is_here():
+    assert sorted(TINY) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_an_example_runs_and_writes_its_picture(name, tmp_path):
+    command = [sys.executable, "-W", "error::UserWarning:ib_explain", str(EXAMPLES / name), *TINY[name]]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    picture = tmp_path / name.replace(".py", ".png")
+    assert picture.stat().st_size > 5000 and picture.name in done.stdout

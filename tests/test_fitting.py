@@ -1,0 +1,272 @@
+"""Fitting: what trains, what data may be, resuming after a kill, several processes, beta from a budget."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from ib_explain.data.batches import Batches, Share
+from ib_explain.ib import IBAttention
+from ib_explain.objective import PRICE
+from tests.models import CLASSES, images, tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def batches(count=4, size=8):
+    return [(images(size, seed=s), torch.randint(0, CLASSES, (size,))) for s in range(count)]
+
+
+def fit(data, steps=6, **options):
+    ib = IBAttention(tiny(), "stages.1", **{k: options.pop(k) for k in ("reads", "anchors", "seed") if k in options})
+    return ib.fit(data, steps=steps, show_progress=False, **options)
+
+
+def weights(ib):
+    return ib.bottleneck.state_dict()
+
+
+def assert_equal(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+class TestWhatTrains:
+    def test_only_the_attention_moves_and_its_statistics_are_the_datas(self):
+        data = batches()
+        one, six = fit(data, steps=1), fit(data, steps=6)
+        changed = {n for n, v in weights(one).items() if not torch.equal(v, weights(six)[n])}
+        assert changed and all(name.startswith("network.") or name == "phases" for name in changed)
+        features = six.host.stages[:2](six.host.act(six.host.stem(torch.cat([x for x, _ in data]))))
+        torch.testing.assert_close(
+            weights(six)["restriction.moments.mean"], features.mean((0, 2, 3), keepdim=True), rtol=1e-4, atol=1e-5
+        )
+        assert int(weights(six)["restriction.moments.count"]) == 32
+
+    def test_training_lowers_the_loss(self):
+        record = fit([images(16, seed=s) for s in range(4)], steps=80, beta=0.1, lr=5e-3).record
+        first, last = record["history"][0], record["history"][-1]
+        assert last["loss"] < 0.9 * first["loss"]
+
+    def test_anchors_measurably_move(self):
+        ib = fit(batches(), steps=40, anchors=5)
+        moved = (ib.bottleneck.anchors.values.detach() - torch.linspace(0, 1, 5)).abs()
+        assert moved.max() > 0.02
+        attention = ib.attribute(images(2), output="attention")
+        assert torch.isfinite(attention).all()
+
+    def test_a_small_beta_lets_more_bits_pass_than_a_large_one(self):
+        data = [images(16, seed=s) for s in range(4)]
+        few, many = fit(data, steps=60, beta=10.0, lr=1e-2), fit(data, steps=60, beta=1e-3, lr=1e-2)
+        x = images(8, seed=77)
+        assert few.information(x).mean() < 0.5 * many.information(x).mean()
+
+    def test_beta_is_a_share_of_what_is_at_stake(self):
+        x = images(96)
+        data = [x]
+        history = fit(data, steps=1).record["history"]
+        host, ib = tiny(), fit(data, steps=1)
+        with torch.no_grad():
+            free = host(x)
+            with ib.restrict(0.0) as restricted:
+                closed = restricted(x)
+        at_stake = torch.nn.functional.kl_div(closed.log_softmax(1), free.softmax(1), reduction="batchmean")
+        assert at_stake > 0.3
+        assert history[0]["beta"] == pytest.approx(PRICE * at_stake.item(), rel=0.6)  # its one draw of noise is another
+        assert fit(data, steps=2, beta=3.0).record["history"][0]["beta"] == 3.0
+
+    def test_the_seed_decides(self):
+        data = batches()
+        assert_equal(weights(fit(data)), weights(fit(data)), rtol=0, atol=0)
+        assert not torch.equal(
+            weights(fit(data, seed=1))["network.head.weight"], weights(fit(data))["network.head.weight"]
+        )
+
+    def test_the_record_tells_the_run(self):
+        record = fit(DataLoader(TensorDataset(images(16)), batch_size=8)).record
+        assert record["settings"]["steps"] == 6 and record["images"] == 48 and record["layer"] == "stages.1"
+        assert record["data"] == "DataLoader over TensorDataset" and record["versions"]["torch"] == torch.__version__
+        json.dumps(record)
+
+
+class TestData:
+    def test_images_alone_pairs_loaders_and_generators_give_the_same(self):
+        pairs = batches()
+        expected = weights(fit(pairs, steps=4))
+        stacked = TensorDataset(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
+        for data in ([x for x, _ in pairs], DataLoader(stacked, batch_size=8), iter(pairs)):
+            assert_equal(weights(fit(data, steps=4)), expected, rtol=1e-5, atol=1e-6)
+
+    def test_timms_loader(self):
+        import numpy as np
+        from PIL import Image
+        from timm.data import create_loader
+
+        class Pictures(torch.utils.data.Dataset):
+            transform = None
+
+            def __len__(self):
+                return 8
+
+            def __getitem__(self, index):
+                pixels = np.random.default_rng(index).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+                return self.transform(Image.fromarray(pixels)), index % CLASSES
+
+        loader = create_loader(
+            Pictures(), (3, 24, 24), 4, is_training=True, use_prefetcher=False, num_workers=0, persistent_workers=False
+        )
+        assert fit(loader, steps=3).fitted
+
+    def test_labels_are_used_when_asked_for(self):
+        assert fit(batches(), objective="label").record["settings"]["objective"] == "label"
+        with pytest.raises(ValueError, match="objective='label' needs data that yields"):
+            fit([images(4)], objective="label")
+
+    @pytest.mark.parametrize(
+        ("data", "error", "text"),
+        [
+            ([], ValueError, "data yielded no batch"),
+            (iter([]), ValueError, "data yielded no batch"),
+            (iter([images(4)]), ValueError, "ended after 1 batches; pass a DataLoader"),
+            ([{"image": images(2)}], TypeError, "got dict"),
+            (images(4), TypeError, "iterable of batches, got Tensor"),
+            (5, TypeError, "iterable of batches, got int"),
+            ([images(4), images(4, size=32)], ValueError, r"of one size, got \(3, 32, 32\) after \(3, 24, 24\)"),
+            ([torch.zeros(2, 3, 24, 24, dtype=torch.uint8)], TypeError, "floating-point images, got torch.uint8"),
+            ([torch.full((2, 3, 24, 24), torch.inf)], ValueError, "must be finite"),
+        ],
+    )
+    def test_bad_data(self, data, error, text):
+        with pytest.raises(error, match=text):
+            fit(data, steps=3)
+
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [
+            ({"steps": 0}, "steps must be an integer >= 1, got 0"),
+            ({"beta": -1.0}, "beta must be a positive number or None, got -1.0"),
+            ({"lr": True}, "lr must be a positive number or None, got True"),
+            ({"objective": "labels"}, "unknown objective 'labels'; did you mean 'label'"),
+            ({"precision": "fp8"}, "precision must be"),
+            ({"resume": True}, "resume=True needs checkpoint=FOLDER"),
+        ],
+    )
+    def test_bad_options(self, options, text):
+        with pytest.raises(ValueError, match=text):
+            fit([images(4)], **{"steps": 2, **options})
+
+    def test_order_follows_from_seed_and_epoch_and_the_callers_random_state_stays(self):
+        loader = DataLoader(TensorDataset(torch.arange(12.0).view(12, 1, 1, 1)), batch_size=4, shuffle=True)
+        state = torch.get_rng_state()
+
+        def first(count, skip=0, seed=0):
+            stream = Batches(loader, seed)(skip)
+            return [next(stream)[0].flatten().tolist() for _ in range(count)]
+
+        whole = first(6)
+        assert whole == first(6) and whole[2:] == first(4, skip=2) and whole != first(6, seed=1)
+        assert whole[:3] != whole[3:]  # another order in the second epoch
+        assert torch.equal(state, torch.get_rng_state())
+
+    def test_processes_share_the_batches(self):
+        data = [torch.full((1, 1, 1, 1), float(i)) for i in range(5)]
+        parts = []
+        for rank in (0, 1):
+            stream = Batches(data, 0, Share(rank, 2))()
+            parts.append([next(stream)[0].item() for _ in range(4)])
+        assert parts == [[0, 2, 0, 2], [1, 3, 1, 3]]  # the odd one out waits for nobody
+
+    def test_bf16_fits_and_statistics_stay_in_float32(self):
+        ib = fit(batches(), precision="bf16")
+        assert weights(ib)["restriction.moments.mean"].dtype == torch.float32
+        assert ib.record["settings"]["precision"] == "bf16"
+        assert torch.isfinite(ib.attribute(images(2))).all()
+
+
+RESUME = """
+    import os, signal, sys, torch
+    from ib_explain.ib import IBAttention
+    from tests.models import images, tiny
+
+    folder, fatal = sys.argv[1], int(sys.argv[2])
+    reads = 0
+
+    class Data(list):
+        def __iter__(self):
+            global reads
+            for batch in super().__iter__():
+                reads += 1
+                if reads == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield batch
+
+    data = Data(images(8, seed=s) for s in range(3))
+    ib = IBAttention(tiny(), "stages.1", anchors=3)
+    ib.fit(data, steps=9, checkpoint=folder, every=2, resume=True, show_progress=False)
+    ib.save(folder + "-result")
+"""
+
+
+def run(script, *arguments, launcher=()):
+    command = [sys.executable, *launcher, script, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def test_a_killed_fit_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
+    script = tmp_path / "resume.py"
+    script.write_text(textwrap.dedent(RESUME))
+    killed = run(script, tmp_path / "a", 11)  # 1 + 3 batches for the statistics, then in the 7th step
+    assert killed.returncode == -9 and (tmp_path / "a").is_dir() and not (tmp_path / "a-result").exists()
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["run"]["step"] == 6
+    again = run(script, tmp_path / "a", 0)
+    assert again.returncode == 0, again.stderr
+    assert run(script, tmp_path / "b", 0).returncode == 0
+    host = tiny()
+    resumed, whole = (IBAttention.load(tmp_path / f"{n}-result", host) for n in "ab")
+    assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
+    assert resumed.record["history"] == whole.record["history"]
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_a_crash_between_renames_is_survived(tmp_path):
+    data, folder = batches(), tmp_path / "run"
+    fit(data, steps=4, checkpoint=folder, every=2)
+    with pytest.raises(ValueError, match="checkpoint of a fit with steps=4, not 8"):
+        fit(data, steps=8, checkpoint=folder, resume=True)
+    folder.rename(tmp_path / "run.old")  # as a crash between the two renames leaves it
+    assert_equal(weights(fit(data, steps=4, checkpoint=folder, resume=True)), weights(fit(data, steps=4)))
+
+
+TWO = """
+    import sys, torch
+    from ib_explain.ib import IBAttention
+    from tests.models import images, tiny
+
+    whole = images(48)
+    data = list(whole.split(int(sys.argv[2])))
+    ib = IBAttention(tiny(), "stages.1").fit(data, steps=5, show_progress=False)
+    from accelerate import PartialState
+    if PartialState().is_main_process:
+        ib.save(sys.argv[1])
+    assert ib.record["processes"] == PartialState().num_processes
+"""
+
+
+def test_two_processes_give_the_bottleneck_of_one_with_twice_the_batch(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(textwrap.dedent(TWO))
+    one = run(script, tmp_path / "one", 16)
+    assert one.returncode == 0, one.stderr
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    two = run(script, tmp_path / "two", 8, launcher=launcher)
+    assert two.returncode == 0, two.stderr
+    host = tiny()
+    a, b = (IBAttention.load(tmp_path / n, host) for n in ("one", "two"))
+    assert_equal(weights(a), weights(b), rtol=1e-3, atol=1e-5)

@@ -1,0 +1,391 @@
+"""Hooks: whatever happens inside, the host comes back as it was, and nothing is swallowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ib_explain.hooks import (
+    Tail,
+    TailRecorder,
+    capture,
+    find_module,
+    frozen,
+    map_tensors,
+    module_name,
+    replace_output,
+    run_host,
+    unwrap,
+)
+from tests.models import TinyCNN
+
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Odd(nn.Module):
+    """A host with a layer that never runs, one that runs twice, one inside a wrapper of containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.idle = nn.Identity()
+        self.shared = nn.Tanh()
+        self.last = nn.Conv2d(4, 4, 1)
+        self.fail: Callable[[], None] = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(self.shared(self.stem(x)))
+        self.fail()
+        return self.shared(x).mean(dim=(2, 3))
+
+
+class Behind(nn.Module):
+    """conv -> an in-place operation that is not idempotent -> logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3, padding=1)
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x)).mean(dim=(2, 3))
+
+
+class Reuse(nn.Module):
+    """The output of `early` is read again behind `late`: neither is a cut on its own, `join` is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = nn.Conv2d(3, 4, 3, padding=1)
+        self.late = nn.Conv2d(4, 4, 3, padding=1)
+        self.join = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.early(x)
+        return self.join(torch.cat([first, self.late(first)], dim=1)).tanh().mean(dim=(2, 3))
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All that a hook could leave behind."""
+    kinds = [name for name in vars(model) if name.endswith("_hooks")]
+    return {
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "training": [m.training for m in model.modules()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "gradients": [p.grad for p in model.parameters()],
+        "hooks": [len(getattr(m, kind)) for m in model.modules() for kind in kinds],
+        "attributes": [sorted(vars(m)) for m in model.modules()],
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for name in ("training", "requires_grad", "gradients", "hooks", "attributes"):
+        assert after[name] == before[name], name
+    torch.testing.assert_close(after["weights"], before["weights"], rtol=0, atol=0)
+    assert torch.equal(after["random"], before["random"])
+
+
+def mixed(model: nn.Module) -> nn.Module:
+    """Training flags and requires_grad that no blunt train() or requires_grad_() would give back."""
+    for index, module in enumerate(model.modules()):
+        module.training = index % 3 == 0
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 2 == 0)
+    return model
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def explode() -> None:
+    raise ArithmeticError("the host's own error")
+
+
+class TestFrozen:
+    def test_inside_eval_and_no_gradients_outside_as_before(self) -> None:
+        model = mixed(TinyCNN())
+        before = state(model)
+        with frozen(model) as host:
+            assert host is model
+            assert not any(m.training for m in model.modules())
+            assert not any(p.requires_grad for p in model.parameters())
+            torch.manual_seed(99)
+            torch.randn(3)
+            model.train()
+        assert_same(before, state(model))
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+    def test_restored_and_raised_on_any_exit(self, error: type[BaseException]) -> None:
+        model = mixed(TinyCNN())
+        before = state(model)
+        with pytest.raises(error), frozen(model):
+            raise error
+        assert_same(before, state(model))
+
+    def test_nested(self) -> None:
+        model = mixed(TinyCNN())
+        before = state(model)
+        with frozen(model):
+            with frozen(model):
+                pass
+            assert not any(m.training for m in model.modules())
+        assert_same(before, state(model))
+
+
+class TestUnwrap:
+    def test_data_parallel(self) -> None:
+        model = TinyCNN()
+        assert unwrap(nn.DataParallel(model)) is model
+
+    def test_compiled(self) -> None:
+        model = TinyCNN()
+        assert unwrap(torch.compile(model, backend="eager")) is model
+        assert unwrap(nn.DataParallel(torch.compile(model, backend="eager"))) is model
+
+    def test_scripted_is_refused(self) -> None:
+        with pytest.raises(TypeError, match="TorchScript module, whose layers cannot be hooked; pass the eager model"):
+            unwrap(torch.jit.trace(nn.Conv2d(3, 2, 1), X))
+
+    def test_no_module(self) -> None:
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+            unwrap("resnet18")  # type: ignore[arg-type]
+
+    def test_hooks_fire_in_a_model_compiled_before(self) -> None:
+        compiled = torch.compile(TinyCNN().eval(), backend="eager")
+        compiled(X)
+        with frozen(compiled) as host, torch.no_grad(), capture(host, ["stages.1"]) as seen:
+            run_host(host, X)
+        assert seen["stages.1"].shape == (2, 12, 8, 8)
+
+    def test_hooks_fire_in_a_submodule_compiled_in_place(self) -> None:
+        model = TinyCNN().eval()
+        model.stages.compile(backend="eager")
+        expected = model(X)
+        with frozen(model) as host, torch.no_grad(), capture(host, ["stages.1"]) as seen:
+            run_host(host, X)
+        assert "stages.1" in seen
+        assert model.stages._compiled_call_impl is not None
+        torch.testing.assert_close(model(X), expected)
+
+
+class TestNames:
+    def test_nearest_name(self) -> None:
+        with pytest.raises(ValueError, match="TinyCNN has no layer 'stage.1'; did you mean .*'stages.1'"):
+            find_module(TinyCNN(), "stage.1")
+
+    @pytest.mark.parametrize("name", ["stages.1", "module.stages.1", "_orig_mod.stages.1", "module._orig_mod.stages.1"])
+    def test_names_as_a_wrapper_lists_them(self, name: str) -> None:
+        model = TinyCNN()
+        assert find_module(model, name) is model.stages[1]
+
+    def test_name_of_a_module(self) -> None:
+        model = TinyCNN()
+        assert module_name(model, model.stages[1].conv) == "stages.1.conv"
+        with pytest.raises(ValueError, match="the given Conv2d is not a layer of this TinyCNN"):
+            module_name(model, nn.Conv2d(3, 3, 1))
+
+
+class TestRunHost:
+    def test_anything_but_logits_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match=r"logits \(B, K\) with B = 2, got \(2, 4, 32, 32\)"):
+            run_host(nn.Conv2d(3, 4, 1), X)
+
+
+class TestCapture:
+    def test_outputs_by_name(self) -> None:
+        model = TinyCNN().eval()
+        before = state(model)
+        with torch.no_grad(), capture(model, ["stem", "stages.2"]) as seen:
+            model(X)
+        assert {name: tuple(t.shape) for name, t in seen.items()} == {"stem": (2, 8, 16, 16), "stages.2": (2, 16, 4, 4)}
+        assert_same(before, state(model))
+
+    def test_stop_ends_the_pass_at_the_last_of_them(self) -> None:
+        model, arrived = TinyCNN().eval(), []
+        handle = model.fc.register_forward_hook(lambda *_: arrived.append("fc"))
+        with torch.no_grad(), capture(model, ["stages.0", "stem"], stop=True) as seen:
+            model(X)
+        handle.remove()
+        assert set(seen) == {"stem", "stages.0"}
+        assert not arrived
+
+    def test_nested_stops_end_their_own_pass_only(self) -> None:
+        model = TinyCNN().eval()
+        with torch.no_grad(), capture(model, ["stages.2"], once=False) as outer:
+            with capture(model, ["stem"], stop=True) as inner:
+                model(X)
+            assert "stages.2" not in outer
+            model(X)
+        assert "stem" in inner
+        assert "stages.2" in outer
+
+    def test_not_fired(self) -> None:
+        model = Odd()
+        before = state(model)
+        with (
+            pytest.raises(RuntimeError, match="layer 'idle' did not run in the forward pass"),
+            capture(model, ["idle"]),
+        ):
+            model(X)
+        assert_same(before, state(model))
+
+    def test_fired_twice(self) -> None:
+        model = Odd()
+        before = state(model)
+        with pytest.raises(RuntimeError, match="layer 'shared' ran more than once"), capture(model, ["shared"]):
+            model(X)
+        assert_same(before, state(model))
+
+    @pytest.mark.parametrize(("action", "error"), [(interrupt, KeyboardInterrupt), (explode, ArithmeticError)])
+    def test_a_host_that_raises(self, action: Callable[[], None], error: type[BaseException]) -> None:
+        model = Odd()
+        model.fail = action
+        before = state(model)
+        with pytest.raises(error), capture(model, ["stem", "idle"]):
+            model(X)
+        assert_same(before, state(model))
+
+    def test_an_unknown_name_leaves_no_hook_of_the_known_ones(self) -> None:
+        model = Odd()
+        before = state(model)
+        with pytest.raises(ValueError, match="no layer 'stemm'"), capture(model, ["stem", "stemm"]):
+            pass
+        assert_same(before, state(model))
+
+    def test_inside_data_parallel(self) -> None:
+        wrapped = nn.DataParallel(TinyCNN())
+        with frozen(wrapped) as host, torch.no_grad(), capture(host, ["stages.1"]) as seen:
+            wrapped(X)
+        assert "stages.1" in seen
+
+
+class TestReplaceOutput:
+    def test_the_host_goes_on_with_what_edit_returns(self) -> None:
+        model = TinyCNN().eval()
+        before = state(model)
+        with torch.no_grad(), replace_output(model, "stages", torch.zeros_like):
+            logits = model(X)
+        torch.testing.assert_close(logits, model.fc.bias.expand(2, -1))
+        assert_same(before, state(model))
+
+    def test_nested_edits_are_both_made(self) -> None:
+        model = TinyCNN().eval()
+        with torch.no_grad():
+            expected = model.fc((model.stages(model.act(model.stem(X))) * 2 + 1).mean(dim=(2, 3)))
+            with replace_output(model, "stages", lambda o: o * 2), replace_output(model, "stages", lambda o: o + 1):
+                torch.testing.assert_close(model(X), expected)
+
+    @pytest.mark.parametrize(("name", "what"), [("idle", "did not run"), ("shared", "ran more than once")])
+    def test_a_layer_that_does_not_run_once(self, name: str, what: str) -> None:
+        model = Odd()
+        before = state(model)
+        with pytest.raises(RuntimeError, match=f"layer '{name}' {what}"), replace_output(model, name, lambda o: o):
+            model(X)
+        assert_same(before, state(model))
+
+    @pytest.mark.parametrize(("action", "error"), [(interrupt, KeyboardInterrupt), (explode, ArithmeticError)])
+    def test_a_host_that_raises(self, action: Callable[[], None], error: type[BaseException]) -> None:
+        model = Odd()
+        model.fail = action
+        before = state(model)
+        with pytest.raises(error), replace_output(model, "stem", lambda o: o):
+            model(X)
+        assert_same(before, state(model))
+
+    def test_inside_data_parallel(self) -> None:
+        wrapped = nn.DataParallel(TinyCNN().eval())
+        with torch.no_grad(), replace_output(wrapped, "module.stages", torch.zeros_like):
+            torch.testing.assert_close(wrapped(X), wrapped.module.fc.bias.expand(2, -1))
+
+
+def recorded_tail(model: nn.Module, name: str) -> tuple[Any, Tail]:
+    with torch.no_grad(), TailRecorder(model, name) as recorder, capture(model, [name]) as seen:
+        model(X)
+    return seen[name], recorder.tail(X)
+
+
+class TestTail:
+    @pytest.mark.parametrize("name", ["stem", "stages.0", "stages.1", "stages"])
+    def test_equals_a_full_pass_with_the_output_replaced(self, name: str) -> None:
+        model = TinyCNN().eval()
+        output, tail = recorded_tail(model, name)
+        changed = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            torch.testing.assert_close(tail(changed), Tail(model, name, None, X)(changed), rtol=0, atol=0)
+
+    def test_runs_nothing_before_the_layer(self) -> None:
+        model = TinyCNN().eval()
+        output, tail = recorded_tail(model, "stages.1")
+        ran = []
+        for name in ("stem", "stages.0.conv", "stages.2"):
+            conv = find_module(model, name)
+            own = conv.forward
+            conv.forward = lambda x, own=own, name=name: (ran.append(name), own(x))[1]  # type: ignore[method-assign]
+        before = state(model)
+        with torch.no_grad():
+            tail(output)
+        assert ran == ["stages.2"]
+        assert_same(before, state(model))  # an instance's own forward came back
+
+    def test_gradient_behind_the_layer(self) -> None:
+        model = TinyCNN().eval().requires_grad_(False)
+        output, tail = recorded_tail(model, "stages.1")
+        short, full = output.clone().requires_grad_(), output.clone().requires_grad_()
+        tail(short).square().sum().backward()
+        Tail(model, "stages.1", None, X)(full).square().sum().backward()
+        torch.testing.assert_close(short.grad, full.grad)
+
+    @pytest.mark.parametrize("full", [False, True])
+    def test_in_place_operations_behind_the_layer_leave_the_output_alone(self, full: bool) -> None:
+        model = Behind().eval()
+        output, tail = recorded_tail(model, "conv")
+        tail = Tail(model, "conv", None, X) if full else tail
+        given = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        kept = given.clone()
+        with torch.no_grad():
+            torch.testing.assert_close(tail(given), F.silu(kept).mean(dim=(2, 3)))
+            assert torch.equal(given, kept)
+            torch.testing.assert_close(tail(given), F.silu(kept).mean(dim=(2, 3)))
+
+    def test_full_is_exact_where_something_is_used_again_behind_the_layer(self) -> None:
+        model = Reuse().eval()
+        output, _ = recorded_tail(model, "late")
+        with torch.no_grad():
+            expected = model.join(torch.cat([model.early(X), output * 2], dim=1)).tanh().mean(dim=(2, 3))
+            torch.testing.assert_close(Tail(model, "late", None, X)(output * 2), expected)
+
+    @pytest.mark.parametrize("full", [False, True])
+    def test_restored_when_the_host_raises(self, full: bool) -> None:
+        model = Odd()
+        output, tail = recorded_tail(model, "last")
+        tail = Tail(model, "last", None, X) if full else tail
+        before = state(model)
+        model.fail = interrupt
+        with pytest.raises(KeyboardInterrupt), torch.no_grad():
+            tail(output)
+        assert_same(before, state(model))
+
+
+class Pair(NamedTuple):
+    count: int
+    grid: Tensor
+
+
+def test_map_tensors_keeps_containers_and_other_values() -> None:
+    ones = torch.ones(2)
+    value = (ones, [Pair(3, ones), {"a": ones, "b": "text"}], None)
+    twice = map_tensors(value, lambda t: t * 2)
+    torch.testing.assert_close(twice[0], ones * 2)
+    assert type(twice[1][0]) is Pair
+    assert twice[1][0].count == 3
+    torch.testing.assert_close(twice[1][1]["a"], ones * 2)
+    assert twice[1][1]["b"] == "text"
+    assert twice[2] is None
+    assert torch.equal(ones, torch.ones(2))

@@ -1,0 +1,83 @@
+"""The order of the house: imports run one way, the front door is light, what is promised is there."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import ib_explain as ibx
+
+PACKAGE = Path(ibx.__file__).parent
+
+
+def imports_of(path):
+    """Modules of the package that a file imports when it is imported itself (not inside functions, nor for types)."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ib_explain"):
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("ib_explain")}
+    return found
+
+
+def modules():
+    named = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return named
+
+
+def test_imports_make_no_circle():
+    named = modules()
+    graph = {name: (imports_of(path) & named.keys()) - {name} for name, path in named.items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_only_hooks_registers_forward_hooks_on_the_host():
+    users = [
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        if "register_forward_hook" in path.read_text() or "register_forward_pre_hook" in path.read_text()
+    ]
+    # sites surveys all layers, restrict plans a pass, the sanity checks order the layers of a copy
+    allowed = {"hooks.py", "sites.py", "ib.py", "sanity.py"}
+    assert set(users) <= allowed, users
+
+
+def test_the_front_door_is_light():
+    heavy = ["captum", "matplotlib", "timm", "accelerate", "scipy", "pandas"]
+    code = f"import sys, ib_explain; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there_and_documented():
+    assert ibx.__all__ == sorted(ibx.__all__)
+    for name in ibx.__all__:
+        assert getattr(ibx, name).__doc__, name
+
+
+def test_functions_stay_functions_after_their_modules_are_imported():
+    code = (
+        "import ib_explain as ibx; import ib_explain.visualize, ib_explain.sites; "
+        "from ib_explain.visualize import overlay; from ib_explain.sites import Site; "
+        "print(callable(ibx.visualize), callable(ibx.sites))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+
+
+def test_every_public_function_of_the_package_has_a_docstring():
+    missing = []
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                documented = ast.get_docstring(node) or any(
+                    isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list
+                )
+                missing += [] if documented else [f"{name}.{node.name}"]
+    assert not missing

@@ -1,0 +1,437 @@
+"""IBAttention as a user holds it: what attribute promises, Captum's conventions, restriction, bad input."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import LayerAttribution, NoiseTunnel
+from captum.attr import visualization as captum_visualization
+from captum.metrics import infidelity, sensitivity_max
+
+import ib_explain as ibx
+from ib_explain.ib import IBAttention
+from ib_explain.per_image import PerImageSettings
+from tests.models import CLASSES, images, tiny
+
+KINDS = ["cnn", "vit", "nhwc"]
+
+
+def fitted(kind="cnn", **options):
+    host = tiny(kind)
+    data = [images(8, seed=s) for s in range(3)]
+    return IBAttention(host, **options).fit(data, steps=12, beta=0.01, show_progress=False), host
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request):
+    return fitted(request.param)
+
+
+@pytest.fixture(scope="module")
+def cnn():
+    return fitted("cnn")
+
+
+def facts(host):
+    """All of a host that must be as before."""
+    return (
+        {k: v.clone() for k, v in host.state_dict().items()},
+        [m.training for m in host.modules()],
+        [p.requires_grad for p in host.parameters()],
+        [p.grad for p in host.parameters()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in host.modules()],
+        [dict(m.__dict__).get("forward") for m in host.modules()],
+    )
+
+
+def assert_same(before, after):
+    assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
+    assert before[1:] == after[1:]
+
+
+class TestMaps:
+    def test_shape_sign_unit_and_sum(self, pair):
+        ib, _ = pair
+        x = images(3, seed=9)
+        heat = ib.attribute(x)
+        assert heat.shape == (3, 1, 24, 24) and heat.dtype == torch.float32 and not heat.requires_grad
+        assert (heat >= 0).all() and torch.isfinite(heat).all() and heat.std() > 0
+        torch.testing.assert_close(heat.sum(dim=(1, 2, 3)), ib.information(x))
+
+    def test_sum_is_the_bits_on_the_grid(self, cnn):
+        ib, host = cnn
+        x = images(2, seed=9)
+        with ibx_frozen(host):
+            seen, place = ib._observe(host, x, None, (), read=True)
+            grid = ib.bottleneck.restriction.bits(seen, ib.bottleneck.attend(seen).value)
+        torch.testing.assert_close(ib.information(x), grid.sum(dim=(1, 2, 3)).detach(), rtol=1e-4, atol=1e-3)
+
+    def test_many_images_at_once_are_as_one_by_one(self, pair):
+        ib, host = pair
+        x = images(4, seed=9)
+        together, alone = ib.attribute(x), torch.cat([ib.attribute(one[None]) for one in x])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+        together = ibx.attribute(host, x, steps=4)
+        alone = torch.cat([ibx.attribute(host, one[None], steps=4) for one in x])
+        torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ibx.attribute(host, x, steps=4, batch_size=3), together, rtol=1e-3, atol=1e-4)
+
+    def test_attention_is_in_the_unit_interval(self, cnn):
+        attention = cnn[0].attribute(images(2), output="attention")
+        assert attention.shape == (2, 1, 24, 24) and attention.min() >= 0 and attention.max() <= 1
+
+    @pytest.mark.parametrize("reads", ["gradient", "features"])
+    def test_the_map_depends_on_the_target(self, reads):
+        ib, _ = fitted(reads=reads)
+        x = images(2, seed=9)
+        assert not torch.allclose(ib.attribute(x, target=0), ib.attribute(x, target=3), rtol=1e-3)
+
+    def test_no_target_means_the_hosts_top_one(self, cnn):
+        ib, host = cnn
+        x = images(4, seed=9)
+        torch.testing.assert_close(ib.attribute(x), ib.attribute(x, target=host(x).argmax(1)))
+
+    def test_refining_lowers_the_loss_of_the_fitted_attention(self, cnn):
+        ib, host = cnn
+        x, beta = images(4, seed=9), ib.record["final_beta"]
+        target = host(x).argmax(1)
+
+        def loss(refine):
+            attention = grid_attention(ib, host, x, refine)
+            with ib.restrict(attention) as restricted, torch.no_grad():
+                kept = torch.nn.functional.cross_entropy(restricted(x), target)
+            with ibx_frozen(host), torch.no_grad():
+                seen, _ = ib._observe(host, x, None, (), read=False)
+                bits = ib.bottleneck.restriction.bits(seen, attention).sum(dim=(1, 2, 3)).mean()
+            return float(kept + beta * bits * np.log(2) / seen.features[0].numel())
+
+        assert loss(20) < loss(0)
+
+    def test_same_seed_same_map_and_global_random_state_untouched(self, cnn):
+        _, host = cnn
+        x = images(2, seed=9)
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        first = ibx.attribute(host, x, steps=3)
+        assert torch.equal(state, torch.get_rng_state())
+        torch.manual_seed(2)
+        assert torch.equal(first, ibx.attribute(host, x, steps=3))
+        assert not torch.equal(first, ibx.attribute(host, x, steps=3, seed=1))
+
+    def test_other_input_sizes_work_with_statistics_per_channel(self, cnn):
+        heat = cnn[0].attribute(images(2, size=32))
+        assert heat.shape == (2, 1, 32, 32) and torch.isfinite(heat).all()
+
+    def test_memory_of_a_call_is_gone_afterwards(self, cnn):
+        import gc
+
+        ib, _ = cnn
+
+        def living():
+            gc.collect()
+            return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+        ib.attribute(images(2))
+        before = living()
+        for _ in range(10):
+            ib.attribute(images(2))
+        assert living() <= before
+
+
+def ibx_frozen(host):
+    from ib_explain.hooks import frozen
+
+    return frozen(host)
+
+
+def grid_attention(ib, host, x, refine):
+    from ib_explain.per_image import optimise
+
+    with ibx_frozen(host), torch.no_grad():
+        seen, place = ib._observe(host, x, None, (), read=True)
+        start = ib.bottleneck.attend(seen).value
+        settings = PerImageSettings(steps=refine, seed=ib.seed, beta=ib.record["final_beta"])
+        return optimise(ib.bottleneck.restriction, seen, place.site.layout, settings, start)
+
+
+class TestRestrict:
+    def test_without_attention_the_output_does_not_depend_on_the_image(self, pair):
+        ib, host = pair
+        x = images(4, seed=9)
+        with ib.restrict(0.0) as restricted, torch.no_grad():
+            closed = restricted(x)
+        assert (closed - closed[:1]).abs().max() == 0
+        assert (host(x) - host(x)[:1]).abs().max() > 0.1
+
+    def test_full_attention_on_a_cut_gives_nearly_the_hosts_own_output(self, cnn):
+        ib, host = cnn
+        x = images(4, seed=9)
+        with ib.restrict(1.0) as restricted, torch.no_grad():
+            opened = restricted(x)
+        assert (opened - host(x)).abs().max() < 0.2 * host(x).std()
+
+    def test_several_passes_and_the_host_afterwards(self, cnn):
+        ib, host = cnn
+        before, plain = facts(host), host(images(2))
+        with ib.restrict() as restricted:
+            first, second = restricted(images(2)), restricted(images(3, seed=1))
+        assert first.shape == (2, CLASSES) and second.shape == (3, CLASSES)
+        assert not torch.allclose(first, plain)
+        assert_same(before, facts(host))
+        assert torch.equal(host(images(2)), plain)
+
+    def test_unfitted_needs_an_attention(self):
+        ib = IBAttention(tiny(), "stages.1")
+        with pytest.raises(RuntimeError, match="not fitted"), ib.restrict():
+            pass
+        with ib.restrict(0.0) as restricted:
+            closed = restricted(images(2))
+        assert torch.equal(closed[0], closed[1])
+
+    def test_attention_outside_the_unit_interval(self, cnn):
+        with pytest.raises(ValueError, match=r"in \[0, 1\]"), cnn[0].restrict(1.5) as restricted:
+            restricted(images(2))
+
+
+class TestHostStaysAsItWas:
+    def test_after_fit_attribute_and_errors(self):
+        host = tiny().train()
+        host.stages[1].eval()
+        next(host.parameters()).requires_grad_(False)
+        before = facts(host)
+        ib = IBAttention(host)
+        ib.fit([images(4)], steps=2, show_progress=False)
+        assert_same(before, facts(host))
+        ib.attribute(images(2))
+        with pytest.raises(IndexError):
+            ib.attribute(images(2), target=99)
+        assert_same(before, facts(host))
+
+    @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+    def test_when_the_forward_raises(self, cnn, error):
+        ib, host = cnn
+        before = facts(host)
+
+        def explode(*_):
+            raise error
+
+        handle = host.stages[2].register_forward_hook(explode)
+        try:
+            with pytest.raises(type(error)):
+                ib.attribute(images(2))
+            with pytest.raises(type(error)):
+                IBAttention(host, "stages.1").fit([images(4)], steps=1, show_progress=False)
+        finally:
+            handle.remove()
+        assert_same(before, facts(host))
+
+    def test_under_no_grad_and_with_gradients_of_others(self, cnn):
+        ib, host = cnn
+        x = images(2).requires_grad_()
+        with torch.no_grad():
+            quiet = ib.attribute(x)
+        torch.testing.assert_close(quiet, ib.attribute(x))
+        assert x.grad is None and x.requires_grad and all(p.grad is None for p in host.parameters())
+
+    def test_data_parallel_and_compiled_hosts_are_looked_through(self, cnn):
+        ib, host = cnn
+        x = images(2)
+        expected = ibx.attribute(host, x, steps=2)
+        assert torch.equal(ibx.attribute(torch.nn.DataParallel(host), x, steps=2), expected)
+        compiled = torch.compile(host, backend="eager")
+        compiled(x)
+        assert torch.equal(ibx.attribute(compiled, x, steps=2), expected)
+
+
+class TestCaptum:
+    def test_is_a_layer_attribution_with_captums_names(self, cnn):
+        ib, host = cnn
+        assert isinstance(ib, LayerAttribution)
+        assert ib.forward_func is host and isinstance(ib.layer, torch.nn.Module)
+        assert ib.multiplies_by_inputs is False and ib.has_convergence_delta() is False
+        assert ib.get_name() == "IB Attention"
+        assert IBAttention.interpolate(torch.zeros(1, 1, 2, 2), (4, 4)).shape == (1, 1, 4, 4)
+
+    def test_the_constructor_touches_nothing(self):
+        host = tiny().train()
+        before = facts(host)
+        IBAttention(host, host.stages[1])
+        assert_same(before, facts(host))
+
+    def test_tensor_in_tensor_out_tuple_in_tuple_out(self, cnn):
+        x = images(2)
+        plain, (inside,) = cnn[0].attribute(x), cnn[0].attribute((x,))
+        assert torch.equal(plain, inside)
+        with pytest.raises(ValueError, match="a tuple of one"):
+            cnn[0].attribute((x, x))
+
+    def test_noise_tunnel(self, cnn):
+        x = images(2)
+        smooth = NoiseTunnel(cnn[0]).attribute(x, nt_type="smoothgrad", nt_samples=3, stdevs=0.1, target=1)
+        assert smooth.shape == (2, 1, 24, 24) and (smooth >= 0).all()
+        silent = NoiseTunnel(cnn[0]).attribute(x, nt_type="smoothgrad", nt_samples=2, stdevs=0.0, target=[1, 2])
+        torch.testing.assert_close(silent, cnn[0].attribute(x, target=[1, 2]), rtol=1e-4, atol=1e-4)
+
+    def test_infidelity(self, cnn):
+        ib, host = cnn
+        x = images(2)
+
+        def perturb(inputs):
+            noise = 0.1 * torch.randn_like(inputs)
+            return noise, inputs - noise
+
+        score = infidelity(host, perturb, x, ib.attribute(x).expand_as(x), target=1, n_perturb_samples=3)
+        assert score.shape == (2,) and torch.isfinite(score).all()
+
+    def test_sensitivity_max_for_one_and_for_several(self, cnn):
+        for count in (1, 3):
+            score = sensitivity_max(cnn[0].attribute, images(count), target=1, n_perturb_samples=2)
+            assert score.shape == (count,) and (score >= 0).all()
+
+    def test_visualize_image_attr(self, cnn):
+        heat = cnn[0].attribute(images(1))[0].permute(1, 2, 0).numpy()
+        figure, _ = captum_visualization.visualize_image_attr(
+            heat, np.full((24, 24, 3), 0.5), "blended_heat_map", use_pyplot=False
+        )
+        assert figure is not None
+
+    def test_additional_forward_args(self):
+        class Scaled(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.host = tiny()
+
+            def forward(self, x, scale):
+                return self.host(x) * scale
+
+        ib = IBAttention(Scaled(), "host.stages.1")
+        plain = ib.attribute(images(2), 1, torch.tensor(2.0))
+        row_for_row = ib.attribute(images(2), 1, torch.tensor([[2.0], [2.0]]))
+        assert plain.shape == (2, 1, 24, 24)
+        torch.testing.assert_close(row_for_row, plain)
+
+    def test_pickles_and_copies(self, cnn):
+        ib, _ = cnn
+        x = images(2)
+        for twin in (copy.deepcopy(ib), pickle.loads(pickle.dumps(ib))):
+            assert torch.equal(twin.attribute(x), ib.attribute(x))
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        "target", [2, np.int64(2), torch.tensor(2), [2, 2, 2], torch.tensor([2, 2, 2]), np.array([2, 2, 2]), -3]
+    )
+    def test_every_form_of_the_same_class(self, cnn, target):
+        x = images(3)
+        assert torch.equal(cnn[0].attribute(x, target=target), cnn[0].attribute(x, target=2))
+
+    @pytest.mark.parametrize(
+        ("target", "error", "text"),
+        [
+            (5, IndexError, "class 5 is out of range for a model with 5 classes"),
+            ([0, 1], ValueError, r"one class for each of the 3 images, got \(2,\)"),
+            (True, TypeError, "got the bool True"),
+            (1.0, TypeError, "got float"),
+            ("cat", TypeError, "got str"),
+            (torch.tensor([0.0, 1.0, 2.0]), TypeError, "torch.float32"),
+            (torch.zeros(3, 1, dtype=torch.long), ValueError, r"got \(3, 1\)"),
+            ([0, True, 1], TypeError, "True"),
+        ],
+    )
+    def test_wrong_targets(self, cnn, target, error, text):
+        with pytest.raises(error, match=text):
+            cnn[0].attribute(images(3), target=target)
+        with pytest.raises(error, match=text):
+            ibx.attribute(cnn[1], images(3), target=target)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("make", "error", "text"),
+        [
+            (lambda: images(1)[0], ValueError, r"shape \(B, C, H, W\), got \(3, 24, 24\); add a batch axis"),
+            (lambda: torch.zeros(2, 3, 24, 24, dtype=torch.uint8), TypeError, "floating-point images, got torch.uint8"),
+            (lambda: torch.full((2, 3, 24, 24), torch.nan), ValueError, "finite, got 3456 NaN"),
+            (lambda: torch.zeros(0, 3, 24, 24), ValueError, "at least one image"),
+            (lambda: torch.zeros(2, 4, 24, 24), ValueError, "3 channels, got 4"),
+            (lambda: np.zeros((2, 3, 24, 24)), TypeError, "torch.Tensor of shape"),
+        ],
+    )
+    def test_images(self, cnn, make, error, text):
+        for run in (cnn[0].attribute, lambda x: ibx.attribute(cnn[1], x)):
+            with pytest.raises(error, match=text):
+                run(make())
+
+    def test_inference_tensors(self, cnn):
+        with torch.inference_mode():
+            x = images(2)
+        with pytest.raises(ValueError, match=r"inference_mode\(\).*clone"):
+            cnn[0].attribute(x)
+
+    def test_a_device_other_than_the_models(self, cnn):
+        with pytest.raises(ValueError, match=r"is on meta but the model is on cpu"):
+            cnn[0].attribute(images(2).to("meta"))
+
+    def test_layers(self, cnn):
+        host = cnn[1]
+        with pytest.raises(ValueError, match=r"no layer 'stage.1'; did you mean 'stages.1'"):
+            IBAttention(host, "stage.1")
+        with pytest.raises(ValueError, match="is not a layer of this TinyCNN"):
+            IBAttention(host, torch.nn.ReLU())
+        with pytest.raises(ValueError, match="'fc' has no spatial grid"):
+            IBAttention(host, "fc").attribute(images(2))
+
+    def test_options(self, cnn):
+        host = cnn[1]
+        with pytest.raises(ValueError, match="unknown gate 'gauss'; did you mean 'gaussian'"):
+            IBAttention(host, gate="gauss")
+        with pytest.raises(ValueError, match="unknown reads 'gradients'; did you mean 'gradient'"):
+            IBAttention(host, reads="gradients")
+        with pytest.raises(ValueError, match="unknown output 'bit'; did you mean 'bits'"):
+            cnn[0].attribute(images(2), output="bit")
+        with pytest.raises(ValueError, match="refine must be an integer >= 0, got -1"):
+            cnn[0].attribute(images(2), refine=-1)
+        with pytest.raises(TypeError, match=r"no option 'step'; did you mean 'steps'"):
+            ibx.attribute(host, images(2), step=3)
+        with pytest.raises(ValueError, match="unknown method 'gradcam'; did you mean 'grad_cam'"):
+            ibx.attribute(host, images(2), method="gradcam")
+        with pytest.raises(ValueError, match="anchors must be 0"):
+            IBAttention(host, anchors=1)
+
+    def test_no_module_and_scripted_module(self):
+        with pytest.raises(TypeError, match="must be a torch.nn.Module, got function"):
+            IBAttention(lambda x: x)
+
+    def test_before_the_fit(self):
+        ib = IBAttention(tiny())
+        with pytest.raises(RuntimeError, match="not fitted"):
+            ib.save("nowhere")
+        with pytest.raises(RuntimeError, match="not fitted"):
+            _ = ib.bottleneck
+
+    def test_residual_gate_has_no_bits(self):
+        ib = IBAttention(tiny(), gate="residual").fit([images(4)], steps=2, show_progress=False)
+        with pytest.raises(ValueError, match="has no bits; use output='attention'"):
+            ib.attribute(images(2))
+        assert ib.attribute(images(2), output="attention").shape == (2, 1, 24, 24)
+
+
+class TestOtherMethods:
+    def test_a_function_a_captum_object_and_a_fitted_ib_go_through_the_same_door(self, cnn):
+        from captum.attr import Saliency
+
+        ib, host = cnn
+        x = images(3)
+        assert torch.equal(ibx.attribute(host, x, method=ib), ib.attribute(x))
+        assert torch.equal(ibx.attribute(host, x, method=lambda _m, x, _t: x.mean(1)), x.mean(1, keepdim=True))
+        target = host(x).argmax(1)
+        expected = Saliency(host).attribute(x, target=target).sum(1, keepdim=True)
+        torch.testing.assert_close(ibx.attribute(host, x, method=Saliency(host), batch_size=2), expected)
+
+    def test_wrong_answers_of_a_function(self, cnn):
+        with pytest.raises(ValueError, match="one map for each of the 2 images"):
+            ibx.attribute(cnn[1], images(2), method=lambda _m, x, _t: x[:1, :1])
+        with pytest.raises(TypeError, match="must be a name"):
+            ibx.attribute(cnn[1], images(2), method=3)

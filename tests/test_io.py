@@ -1,0 +1,146 @@
+"""Saving, loading, the hub's mixin, and what damaged or foreign folders get."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+from ib_explain.files import current_folder, replace_file, replace_folder
+from ib_explain.ib import IBAttention
+from ib_explain.io import fingerprint
+from tests.models import images, tiny
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    ib = IBAttention(tiny(), "stages.1", anchors=4, seed=3).fit([images(8)], steps=3, show_progress=False)
+    path = tmp_path_factory.mktemp("saved") / "bottleneck"
+    ib.save(path)
+    return ib, path
+
+
+@pytest.mark.parametrize("reads", ["gradient", "features"])
+@pytest.mark.parametrize("kind", ["cnn", "vit", "nhwc"])
+def test_loaded_is_saved(tmp_path, kind, reads):
+    ib = IBAttention(tiny(kind), reads=reads).fit([images(8)], steps=2, show_progress=False)
+    ib.save(tmp_path / "b")
+    twin = IBAttention.load(tmp_path / "b", tiny(kind))
+    assert torch.equal(twin.attribute(images(3)), ib.attribute(images(3)))
+    assert twin.record == json.loads(json.dumps(ib.record)) and twin.site.name == ib.site.name
+
+
+def test_the_folder_holds_two_files_and_no_pickle(saved):
+    _, path = saved
+    assert sorted(p.name for p in path.iterdir()) == ["bottleneck.safetensors", "config.json"]
+    config = json.loads((path / "config.json").read_text())
+    needed = ("format", "layer", "layout", "input_size", "gate", "reads", "host", "versions", "record")
+    assert all(name in config for name in needed)
+
+
+def test_other_architecture_other_shape_other_weights(saved, tmp_path):
+    _, path = saved
+    with pytest.raises(ValueError, match="fitted to a TinyCNN, not to this TinyViT"):
+        IBAttention.load(path, tiny("vit"))
+    with pytest.warns(UserWarning, match="with other weights"):
+        IBAttention.load(path, tiny(seed=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        IBAttention.load(path, tiny())
+
+
+def copy(path, target):
+    import shutil
+
+    return shutil.copytree(path, target / "copy")
+
+
+def test_damaged_and_missing_files(saved, tmp_path):
+    _, path = saved
+    with pytest.raises(FileNotFoundError, match=r"no saved bottleneck: it has no config\.json"):
+        IBAttention.load(tmp_path, tiny())
+    broken = copy(path, tmp_path)
+    whole = (broken / "bottleneck.safetensors").read_bytes()
+    (broken / "bottleneck.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is damaged"):
+        IBAttention.load(broken, tiny())
+    (broken / "bottleneck.safetensors").write_bytes(whole)
+    text = (broken / "config.json").read_text()
+    (broken / "config.json").write_text(text[:100])
+    with pytest.raises(ValueError, match="is damaged"):
+        IBAttention.load(broken, tiny())
+    (broken / "config.json").write_text(text.replace('"format": 1', '"format": 99'))
+    with pytest.raises(ValueError, match="format 99; this version of ib_explain reads format 1"):
+        IBAttention.load(broken, tiny())
+    config = json.loads(text)
+    config["layer"] = "stages.2"
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="it was fitted to 'stages.2' with 12 channels"):
+        IBAttention.load(broken, tiny())
+
+
+def test_from_pretrained_reads_a_local_folder_and_push_to_hub_uploads_the_same_files(saved, monkeypatch):
+    import huggingface_hub.hub_mixin as mixin
+
+    ib, path = saved
+    twin = IBAttention.from_pretrained(str(path), tiny())
+    assert torch.equal(twin.attribute(images(2)), ib.attribute(images(2)))
+    uploaded = {}
+
+    class Api:
+        def __init__(self, **_):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return type("Repo", (), {"repo_id": repo_id})()
+
+        def upload_folder(self, *, folder_path, **_):
+            from pathlib import Path
+
+            uploaded.update({p.name: p.read_bytes() for p in Path(folder_path).iterdir()})
+            return "done"
+
+    monkeypatch.setattr(mixin, "HfApi", Api)
+    ib.push_to_hub("someone/bottleneck")
+    assert uploaded["bottleneck.safetensors"] == (path / "bottleneck.safetensors").read_bytes()
+    assert "config.json" in uploaded
+
+
+def test_a_failed_save_leaves_the_older_folder(saved, tmp_path, monkeypatch):
+    ib, _ = saved
+    ib.save(tmp_path / "b")
+    before = (tmp_path / "b" / "config.json").read_bytes()
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ib_explain.io.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        ib.save(tmp_path / "b")
+    assert (tmp_path / "b" / "config.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_replace_file_and_folder_are_all_or_nothing(tmp_path):
+    target = tmp_path / "a.txt"
+    with replace_file(target) as temporary:
+        temporary.write_text("one")
+    with pytest.raises(RuntimeError), replace_file(target) as temporary:
+        temporary.write_text("two")
+        raise RuntimeError
+    assert target.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    with replace_folder(tmp_path / "f") as folder:
+        (folder / "x").write_text("1")
+    with replace_folder(tmp_path / "f") as folder:
+        (folder / "y").write_text("2")
+    assert [p.name for p in (tmp_path / "f").iterdir()] == ["y"]
+    assert current_folder(tmp_path / "f") == tmp_path / "f" and current_folder(tmp_path / "none") is None
+
+
+def test_the_fingerprint_sees_a_changed_weight():
+    host = tiny()
+    before = fingerprint(host)
+    with torch.no_grad():
+        host.fc.bias[0] += 1e-3
+    assert fingerprint(host) != before
+    assert fingerprint(tiny()) == before

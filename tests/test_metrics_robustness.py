@@ -1,0 +1,185 @@
+import pytest
+import torch
+from torch import nn
+
+from ib_explain.metrics import METRICS, Case, infidelity, max_sensitivity
+from ib_explain.metrics.robustness import _squares
+
+
+class Linear(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.register_buffer("weights", weights)
+        self.sizes = []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        score = (x * self.weights).sum((1, 2, 3))
+        return torch.stack([score, -score], 1)
+
+
+@pytest.fixture
+def linear():
+    torch.manual_seed(0)
+    return Linear(torch.randn(3, 12, 12)), torch.randn(4, 3, 12, 12)
+
+
+def contributions(model, x, target):
+    sign = torch.where(target == 0, 1.0, -1.0)[:, None, None]
+    return (x * model.weights).sum(1) * sign
+
+
+def gradient(model, x, target):
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        score = model(x).gather(1, target[:, None]).sum()
+        return torch.autograd.grad(score, x)[0].sum(1, keepdim=True)
+
+
+# Infidelity.
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_contributions_of_a_linear_model_forecast_exactly(linear, normalize):
+    model, x = linear
+    target = torch.tensor([0, 1, 0, 1])
+    maps = contributions(model, x, target)
+    exact = infidelity(model, x, maps, target, normalize=normalize)
+    torch.testing.assert_close(exact, torch.zeros(4), atol=1e-4, rtol=0)
+    scaled = infidelity(model, x, 3 * maps, target, normalize=normalize)
+    assert (scaled < 1e-4).all() if normalize else (scaled > 0.1).all()
+
+
+def test_infidelity_by_hand(linear):
+    model, x = linear
+    maps = torch.rand(4, 1, 12, 12)
+    squares = _squares(20, 12, 12, 5)
+    falls = torch.stack([model(x)[:, 0] - model(x * (1 - square))[:, 0] for square in squares])  # [20, 4]
+    sums = (squares[:, None, 0] * maps[None, :, 0]).sum((2, 3))
+    plain = infidelity(model, x, maps, 0, samples=20, normalize=False, seed=5)
+    torch.testing.assert_close(plain, (sums - falls).pow(2).mean(0))
+    scaled = sums * (sums * falls).mean(0) / sums.pow(2).mean(0)
+    torch.testing.assert_close(infidelity(model, x, maps, 0, samples=20, seed=5), (scaled - falls).pow(2).mean(0))
+
+
+def test_a_map_of_zeros_gets_the_mean_squared_fall(linear):
+    model, x = linear
+    squares = _squares(50, 12, 12, 0)
+    falls = torch.stack([model(x)[:, 0] - model(x * (1 - square))[:, 0] for square in squares])
+    torch.testing.assert_close(infidelity(model, x, torch.zeros(4, 12, 12), 0), falls.pow(2).mean(0))
+
+
+def test_squares_are_squares_of_all_sizes_everywhere():
+    squares = _squares(400, 28, 40, 0)[:, 0]
+    heights, widths = squares.amax(2).sum(1), squares.amax(1).sum(1)
+    assert torch.equal(heights, widths) and torch.equal(squares.sum((1, 2)), heights * widths)
+    assert heights.unique().tolist() == list(range(1, 11))
+    reached = squares.amax(0)
+    assert reached.mean() > 0.95 and all(
+        edge.any() for edge in (reached[0], reached[-1], reached[:, 0], reached[:, -1])
+    )
+
+
+# Maximum sensitivity.
+
+
+def test_a_method_that_ignores_the_image_is_not_sensitive(linear):
+    model, x = linear
+    fixed = torch.rand(1, 12, 12)
+    scores = max_sensitivity(model, x, lambda model, x, target: fixed.expand(len(x), 12, 12))
+    assert scores.tolist() == [0, 0, 0, 0]
+    torch.testing.assert_close(max_sensitivity(model, x, gradient), torch.zeros(4))
+
+
+def test_max_sensitivity_by_hand(linear):
+    model, x = linear
+    noise = 0.1 * (2 * torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(2)) - 1)
+    changes = torch.stack([(noise_s.sum(0)).norm() for noise_s in noise])
+    expected = changes.max() / x.sum(1).flatten(1).norm(dim=1)
+    scores = max_sensitivity(model, x, lambda model, x, target: x.sum(1), samples=6, radius=0.1, seed=2)
+    torch.testing.assert_close(scores, expected)
+
+
+def test_the_class_stays_that_of_the_intact_image(linear):
+    model, x = linear
+    asked = []
+
+    def explain(model, x, target):
+        asked.append(target)
+        return x.abs().sum(1)
+
+    max_sensitivity(model, x, explain, samples=3)
+    top = model(x).argmax(1)
+    assert torch.equal(asked[0], top) and torch.equal(asked[1], top.repeat_interleave(3))
+    asked.clear()
+    max_sensitivity(model, x[:1], explain, 1, samples=3)
+    assert [len(target) for target in asked] == [1, 3] and all((target == 1).all() for target in asked)
+
+
+def test_an_empty_map_has_no_relative_change(linear):
+    model, x = linear
+    scores = max_sensitivity(model, x, lambda model, x, target: (x * (x[:, :1, :1, :1] > x[0, 0, 0, 0])).sum(1))
+    assert scores.isnan()[0] and not scores.isnan().all()
+
+
+# Both.
+
+
+def each(model, x, **settings):
+    maps = contributions(model, x, torch.zeros(len(x), dtype=torch.long)).abs()
+    yield infidelity(model, x, maps, 0, samples=7, **settings)
+    yield max_sensitivity(model, x, lambda model, x, target: x.pow(2).sum(1), samples=7, **settings)
+
+
+def test_batch_size_and_batches_change_no_result(linear):
+    model, x = linear
+    for whole, alone, *chunked in zip(
+        each(model, x), each(model, x[1:2]), *(each(model, x, batch_size=b) for b in (1, 3, 9)), strict=True
+    ):
+        assert whole.shape == (4,) and whole.dtype == torch.float32
+        torch.testing.assert_close(alone, whole[1:2])
+        for scores in chunked:
+            torch.testing.assert_close(scores, whole)
+    model.sizes.clear()
+    list(each(model, x, batch_size=3))
+    assert max(model.sizes) == 3
+
+
+def test_seeds_rule_and_global_random_state_is_left_alone(linear):
+    model, x = linear
+    state = torch.get_rng_state()
+    first, again, other = list(each(model, x)), list(each(model, x)), list(each(model, x, seed=1))
+    assert torch.equal(torch.get_rng_state(), state)
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_the_host_comes_back_as_it_was(linear):
+    model, x = linear
+    model.train()
+    list(each(model, x))
+    assert model.training
+
+
+def test_bad_settings_are_named(linear):
+    model, x = linear
+    maps = torch.rand(4, 12, 12)
+    with pytest.raises(ValueError, match="samples must be an integer >= 1, got 0"):
+        infidelity(model, x, maps, samples=0)
+    with pytest.raises(ValueError, match="maps must be finite"):
+        infidelity(model, x, maps / 0)
+    with pytest.raises(ValueError, match="radius must be > 0, in normalised units, got 0"):
+        max_sensitivity(model, x, gradient, radius=0)
+    with pytest.raises(ValueError, match="each of the 4 images, got 1"):
+        max_sensitivity(model, x, lambda model, x, target: maps[:1])
+
+
+def test_registered_scores_are_those_of_the_functions(linear):
+    model, x = linear
+    maps = torch.rand(4, 12, 12)
+    case = Case(model, x, maps, explain=lambda model, x, target: x.pow(2).sum(1), seed=4)
+    torch.testing.assert_close(METRICS.get("infidelity")(case), infidelity(model, x, maps, seed=4))
+    expected = max_sensitivity(model, x, case.explain, seed=4)
+    torch.testing.assert_close(METRICS.get("max_sensitivity")(case), expected)
+    with pytest.raises(ValueError, match="the case lacks explain"):
+        METRICS.get("max_sensitivity")(Case(model, x, maps))

@@ -1,0 +1,424 @@
+"""Tables, figures, the page and the leaderboard, from made-up rows."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ib_explain.figures import DARK, LIGHT, Plot, plots
+from ib_explain.leaderboard import Leaderboard
+from ib_explain.markup import Picture, scale
+from ib_explain.report import Pictures, report_html
+from ib_explain.results import RunStore
+from ib_explain.rows import CurveBatch, Row
+from ib_explain.summary import Interval, MetricFacts, summarise, summarise_curves
+from ib_explain.tables import Notes, csv_table, json_summary, markdown_tables, number_format, text_table
+
+HOSTILE = '<script>alert("x")</script>&.jpg'
+METRICS = {
+    "insertion": {"family": "perturbation", "unit": "probability", "higher_is_better": True, "protocol": "RISE <b>"},
+    "deletion": {"family": "perturbation", "unit": "probability", "higher_is_better": False, "protocol": "RISE"},
+    "energy": {"family": "localisation", "unit": "share", "higher_is_better": True, "protocol": "in the box"},
+    "passes": {"family": "cost", "unit": "forward passes", "higher_is_better": False, "protocol": "counted"},
+}
+LEVELS = {"ib": (0.7, 0.1, 0.6, 1.1), "grad_cam": (0.5, 0.2, 0.5, 1.04), "$rise_$|": (0.6, 0.15, 0.4, 4000.0)}
+METHODS = {**dict.fromkeys(LEVELS, {}), "rollout": {"heads": "mean <i>"}}
+SETTINGS = {
+    "model": {"name": "resnet<18>"},
+    "data": {"name": "val"},
+    "seed": 3,
+    "methods": METHODS,
+    "metrics": METRICS,
+}
+INFO = {"command": "ib-explain benchmark --out 'a&b'", "device": "cpu", "reference": "grad_cam"}
+IMAGES = 12
+
+
+def make_rows() -> list[Row]:
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(IMAGES):
+        name = HOSTILE if i == 0 else f"val/{i}.jpg"
+        for method in METHODS:
+            for k, metric in enumerate(METRICS):
+                if method == "rollout":
+                    row = Row(i, name, method, metric, status="not_applicable", reason="no <attention> here")
+                elif method == "ib" and metric == "deletion" and i < 4:
+                    row = Row(i, name, method, metric, status="failed", reason="OutOfMemoryError: 2 GiB")
+                elif metric == "energy" and i == 5:
+                    row = Row(i, name, method, metric)
+                else:
+                    noise = 0 if metric == "passes" else rng.normal(0, 0.05) + 0.2 * (metric == "insertion" and i == 0)
+                    row = Row(i, name, method, metric, LEVELS[method][k] + noise)
+                rows.append(row)
+    return rows
+
+
+def make_curves() -> list[CurveBatch]:
+    scores = np.random.default_rng(1).random((IMAGES, 6))
+    return [CurveBatch(m, "insertion", np.arange(IMAGES), np.linspace(0, 1, 6), scores) for m in LEVELS]
+
+
+def make_store(folder=None) -> RunStore:
+    store = RunStore.open(folder, SETTINGS, INFO)
+    rows, curves = make_rows(), make_curves()
+    for batch in range(3):
+        low, high = 4 * batch, 4 * batch + 4
+        part = [dataclasses.replace(c, images=c.images[low:high], scores=c.scores[low:high]) for c in curves]
+        store.append(batch, [row for row in rows if low <= row.image < high], part)
+    return store
+
+
+def png(width: int = 30, height: int = 20) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def board() -> Leaderboard:
+    return Leaderboard.of(make_store())
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Spares tests that look at text the drawing."""
+    monkeypatch.setattr(Plot, "png", lambda self, theme=LIGHT, **options: png())
+
+
+@pytest.fixture(scope="module")
+def page(board) -> str:
+    pictures = Pictures([Picture(png(), "All <methods>")], {("ib", 0): Picture(png(), "ib on it")})
+    curves = board.mean_curves()
+    return report_html(board.summary, board.run, curves=curves, rows=board.rows, pictures=pictures)
+
+
+class Page(HTMLParser):
+    """Collects what the page is made of."""
+
+    VOID = ("meta", "img", "source", "br", "wbr", "rect")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_text_table_is_aligned_and_complete(board):
+    text = board.table(width=300)
+    lines = text.splitlines()
+    assert re.search(r"insertion ↑ +deletion ↓ +energy ↑ \[3\] +passes ↓", lines[0])
+    header = lines[0]
+    assert lines[3].startswith("ib ")  # best mean rank
+    for metric in ("insertion", "deletion"):
+        column = header.index(metric)
+        points = {line.index(".", column) for line in lines[3:6]}
+        assert len(points) == 1, "decimal points stand below each other"
+    assert re.search(r"^ib +1\.00\* .* 0\.7\d+\* \[0\.\d+, 0\.\d+\]", lines[3])
+    assert re.search(r"^rollout +– +n/a +\[\d\] +n/a", lines[6])
+    assert "rollout does not apply: no <attention> here" in text
+    assert "ib failed on 4 of 12 images; the mean is over the others: OutOfMemoryError: 2 GiB" in text
+    assert "undefined on 1 of 12 images" in text
+    assert "Means over 12 images with 95 % bootstrap percentile intervals (10000 resamples of images, seed 3)." in text
+
+
+def test_text_table_breaks_into_blocks_no_wider_than_the_terminal(board):
+    text = board.table(width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert sum(line.startswith("ib ") for line in text.splitlines()) > 1
+    assert all(f"{metric} " in text for metric in METRICS)
+    assert str(board) == board.table()
+
+
+def test_markdown_rows_have_as_many_cells_as_the_head(board):
+    tables = re.findall(r"(?:^\|.*\|$\n?)+", board.to_markdown(), re.MULTILINE)
+    assert len(tables) == 3
+    for table in tables:
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1
+    assert "| $rise\\_$" not in board.to_markdown() and "$rise_$\\|" in board.to_markdown()
+    assert re.search(r"\| ib \| \*\*1\.00\*\*", tables[0])
+    assert "n/a<sup>" in tables[0] and "reference" in tables[1]
+    assert re.search(r"\| ib \| ▲ \+0\.\d+ \[\+0\.\d+, \+0\.\d+\]", tables[1])
+
+
+def test_csv_and_json_keep_full_precision(board):
+    lines = {(line["method"], line["metric"]): line for line in csv.DictReader(io.StringIO(board.to_csv()))}
+    assert len(lines) == len(METHODS) * len(METRICS)
+    for (method, metric), cell in board.summary.cells.items():
+        line = lines[method, metric]
+        assert float(line["mean"] or "nan") == pytest.approx(cell.mean, rel=0, abs=0, nan_ok=True)
+        assert (int(line["n"]), line["status"], line["reason"]) == (cell.n, cell.status, cell.reason)
+    content = json.loads(board.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    cells = {(cell["method"], cell["metric"]): cell for cell in content["cells"]}
+    assert cells["ib", "insertion"]["mean"] == board.summary.cells["ib", "insertion"].mean
+    assert cells["rollout", "insertion"]["mean"] is None
+    assert content["metrics"][0] == {"name": "insertion"} | METRICS["insertion"]
+
+
+@pytest.mark.parametrize(
+    ("intervals", "value", "shown"),
+    [
+        ([Interval(0.61234, 0.60, 0.624, 9)], 0.61234, "0.612"),
+        ([Interval(61.234, 59.0, 63.0, 9)], 61.234, "61.2"),
+        ([Interval(6123.4, 5900.0, 6300.0, 9)], 6123.4, "6123"),
+        ([Interval(1.04, 1.04, 1.04, 9), Interval(4000.0, 4000.0, 4000.0, 9)], 1.04, "1.04"),
+        ([Interval(1.04, 1.04, 1.04, 9), Interval(4000.0, 4000.0, 4000.0, 9)], 4000.0, "4000"),
+        ([Interval(1e-3, 0.99e-3, 1.01e-3, 9), Interval(30.0, 29.0, 31.0, 9)], 1e-3, "0.001"),
+        ([Interval(1e-9, 0.9e-9, 1.1e-9, 9)], 1e-9, "1e-09"),
+        ([Interval(2e-4, -0.012, 0.013, 9), Interval(0.3, 0.29, 0.31, 9)], 2e-4, "0.000"),
+        ([], 0.5, "0.5"),
+    ],
+)
+def test_numbers_show_what_is_certain(intervals, value, shown):
+    assert number_format(intervals)(value) == shown
+
+
+def test_difference_is_judged_by_direction():
+    facts = [MetricFacts("up", "p", "u", True), MetricFacts("down", "p", "u", False)]
+    rows = [
+        Row(i, "x", method, metric, float(i) + shift)
+        for i in range(5)
+        for method, shift in (("ref", 0.0), ("more", 1.0))
+        for metric in ("up", "down")
+    ]
+    text = markdown_tables(summarise(rows, facts, "ref"))
+    assert re.search(r"\| more \| ▲ \+1 +\| ▼ \+1 +\|", text)
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_plots_are_pictures_of_all_methods_in_both_themes(board):
+    drawn = {plot.name: plot for plot in plots(board.summary, board.mean_curves())}
+    assert list(drawn) == ["curve-insertion", "cost-insertion", "cost-deletion", "ranks"]
+    for plot in drawn.values():
+        assert plot.alt and plot.caption and plot.title
+        for theme in (LIGHT, DARK):
+            image = Image.open(io.BytesIO(plot.png(theme, dpi=40))).convert("RGB")
+            assert image.getpixel((0, 0)) == tuple(bytes.fromhex(theme.paper[1:]))
+            assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 20
+    axes = drawn["curve-insertion"].draw(LIGHT).axes[0]
+    curve = summarise_curves(make_curves())[0]
+    lines = [line.get_ydata() for line in axes.get_lines()]
+    assert len(lines) == 3 and all(np.array_equal(line, curve.mean) for line in lines)
+    labels = [label.get_text() for label in drawn["ranks"].draw(LIGHT).axes[0].get_yticklabels()]
+    assert labels == ["ib", r"\$rise_\$|", "grad_cam"]
+
+
+def test_cost_plot_takes_free_methods_and_inverts_for_lower_is_better(board):
+    rows = [dataclasses.replace(r, value=0.0) if (r.method, r.metric) == ("ib", "passes") else r for r in board.rows]
+    summary = summarise(rows, board.summary.metrics, methods=list(METHODS))
+    drawn = {plot.name: plot for plot in plots(summary)}
+    assert drawn["cost-insertion"].draw(LIGHT).axes[0].get_xscale() == "symlog"
+    assert drawn["cost-deletion"].draw(LIGHT).axes[0].yaxis_inverted()
+    assert drawn["cost-insertion"].alt.endswith("Pareto front, cheapest first: ib.")
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_page_is_well_formed_and_self_contained(page):
+    parsed = Page(page)
+    assert parsed.open == []
+    for tag, attrs in parsed.tags:
+        for name in ("src", "href", "srcset", "data", "action", "poster"):
+            if name in attrs:
+                assert attrs[name].startswith(("data:image/png;base64,", "#")), (tag, attrs[name][:60])
+    assert not re.search(r"@import|url\(|https?:", page)
+    targets = {attrs["id"] for _, attrs in parsed.tags if "id" in attrs}
+    assert {attrs["href"][1:] for attrs in parsed.all("a")} <= targets
+    assert len(targets) == sum("id" in attrs for _, attrs in parsed.tags), "an id is given twice"
+
+
+def test_everything_that_users_named_is_escaped(page):
+    assert page.count("<script") == 1 and "alert" in page
+    for text in (HOSTILE, "no <attention> here", "All <methods>", "RISE <b>", "resnet<18>", "mean <i>"):
+        assert text not in page
+        assert text in "".join(Page(page).text)
+    assert "a&amp;b" in page
+
+
+def test_policy_allows_the_own_script_only(page):
+    script = re.search(r"<script>(.*?)</script>", page, re.DOTALL).group(1)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(attrs["content"] for attrs in Page(page).all("meta") if "http-equiv" in attrs)
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def test_page_is_accessible(page):
+    parsed = Page(page)
+    assert parsed.all("html") == [{"lang": "en"}]
+    assert len(parsed.all("h1")) == 1
+    assert len(parsed.all("img")) > 5
+    for attrs in parsed.all("img"):
+        assert attrs["alt"] and attrs["width"].isdigit() and attrs["height"].isdigit()
+    assert all(attrs.get("scope") in ("row", "col") for attrs in parsed.all("th"))
+    scrolled = [attrs for attrs in parsed.all("div") if attrs.get("class", "").startswith("scroll")]
+    assert len(scrolled) >= len(parsed.all("table"))
+    assert all(attrs["tabindex"] == "0" and attrs["aria-label"] for attrs in scrolled)
+
+
+@pytest.mark.parametrize("theme", [":root {", "@media screen and (prefers-color-scheme: dark)"])
+def test_text_has_contrast(page, theme):
+    """WCAG AA: 4.5 to 1 for all text colours on all backgrounds they stand on."""
+    block = page[page.index(theme) :]
+    colours = dict(re.findall(r"--(\w+): #(\w+);", block[: block.index("}")]))
+
+    def luminance(colour: str) -> float:
+        wide = colour if len(colour) == 6 else "".join(2 * sign for sign in colour)
+        parts = [value / 255 for value in bytes.fromhex(wide)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+    for text in ("ink", "muted", "accent", "good", "bad"):
+        for ground in ("paper", "tint", "mark"):
+            light, dark = sorted((luminance(colours[text]), luminance(colours[ground])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)
+
+
+def test_page_says_who_leads_and_what_did_not_run(page):
+    text = re.sub(r"\s+", " ", "".join(Page(page).text))
+    assert re.search(r"Best mean rank over 3 metrics: ib, 1\.00 \[1\.00, 1\.\d+\]\. No other method's interval", text)
+    gaps = text[text.index("What did not run, and why", 500) :]
+    assert "rollout" in gaps and "not applicable" in gaps and "4 of 12" in gaps and "OutOfMemoryError" in gaps
+    for title in ("What was measured", "Leaderboard", "How to read it", "Against grad_cam", "Ranks", "Curves"):
+        assert title in text
+    assert "higher is better" in text and "seed" in text and "cpu" in text
+
+
+def test_overlap_is_told(board, undrawn):
+    rows = [
+        Row(i, "x", method, "insertion", value)
+        for i in range(10)
+        for method, value in (("a", float(i)), ("b", 8.9 - i))
+    ]
+    summary = summarise(rows, board.summary.metrics[:1])
+    assert "Its interval overlaps with b, so that lead is not certain." in report_html(summary, {})
+
+
+def test_smallest_report(board, undrawn):
+    """One image, one method, one metric, no run facts: nothing breaks, nothing is invented."""
+    summary = summarise([Row(0, "x", "a", "insertion", 0.5)], board.summary.metrics[:1])
+    text = report_html(summary, {})
+    Page(text)
+    assert "Everything ran" in text and "no ranking was possible" in text
+    assert "nan" not in re.sub(r"<(style|script)>.*?</\1>|base64,[^\"]*", "", text, flags=re.DOTALL).lower()
+    assert text_table(summary) and csv_table(summary) and json_summary(summary)
+
+
+def test_nothing_ran_still_reports(board, undrawn):
+    rows = [Row(0, "x", "a", "insertion", status="failed", reason="broke")]
+    summary = summarise(rows, board.summary.metrics[:1])
+    assert Notes(summary).texts == ["a failed on 1 of 1 images: broke"]
+    assert "broke" in report_html(summary, {}, rows=rows)
+
+
+def test_resumed_run_says_so(board, undrawn):
+    run = {"info": {"device": "cpu"}, "resumed": [{"device": "cuda"}, {"device": "cpu"}]}
+    text = re.sub("<[^>]+>", " ", report_html(board.summary, run))
+    assert re.search(r"resumed\s+2 times", text) and re.search(r"device when resumed\s+cuda", text)
+
+
+def test_bars_place_values():
+    place = scale([Interval(1.0, 0.0, 2.0, 9), Interval(3.0, 2.0, 4.0, 9)])
+    assert [place(value) for value in (0.0, 2.0, 4.0)] == [2.0, 50.0, 98.0]
+    place = scale([Interval(1.0, 1.0, 1.0, 9), Interval(1e4, 1e4, 1e4, 9)])
+    assert place(100.0) == pytest.approx(50.0)
+    assert scale([Interval(1.0, 1.0, 1.0, 9)]) is None
+
+
+def test_picture_must_be_png():
+    assert Picture(png(7, 9), "x").size == (7, 9)
+    with pytest.raises(ValueError, match="must be the content of a PNG file, got b'GIF89a'"):
+        Picture(b"GIF89a", "x")
+
+
+# --- the leaderboard -------------------------------------------------------------------------------------------------
+
+
+def test_saved_where_it_ran(tmp_path, undrawn):
+    folder = tmp_path / "run"
+    store = make_store(folder)
+    store.finish()
+    before = (folder / "rows.csv").read_bytes()
+    page = Leaderboard.read(folder).save(folder)
+    assert page == folder / "report.html"
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"run.json", "rows.csv", "summary.csv", "summary.json", "summary.md", "figures/ranks.png"} <= names
+    assert not [name for name in names if "tmp" in name]
+    assert (folder / "rows.csv").read_bytes() == before
+
+
+def test_saved_elsewhere_can_be_read_and_resumed(board, tmp_path, undrawn):
+    board.save(tmp_path / "copy")
+    again = Leaderboard.read(tmp_path / "copy")
+    assert again.to_csv() == board.to_csv()
+    assert [np.array_equal(a.scores, b.scores) for a, b in zip(again.curves, board.curves, strict=True)] == [True] * 3
+    store = RunStore.open(tmp_path / "copy", SETTINGS)
+    assert [store.done(batch) for batch in range(4)] == [True, True, True, False]
+    board.save(tmp_path / "copy")  # again: the same run may be written over itself
+    store.append(3, [Row(99, "new", "ib", "insertion", 0.5)])
+    with pytest.raises(ValueError, match="holds more of this run than is to be saved"):
+        board.save(tmp_path / "copy")
+
+
+def test_other_results_are_not_overwritten(board, tmp_path, undrawn):
+    RunStore.open(tmp_path / "other", {"model": "another"})
+    (tmp_path / "stray").mkdir()
+    (tmp_path / "stray" / "report.html").write_text("mine")
+    for name, message in (("other", "holds another run"), ("stray", "holds report.html but no run.json")):
+        before = {path: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        with pytest.raises(ValueError, match=message):
+            board.save(tmp_path / name)
+        assert before == {path: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+
+def test_unfinished_and_missing_runs(tmp_path):
+    store = RunStore.open(tmp_path / "run", SETTINGS, INFO)
+    with pytest.raises(ValueError, match="has no finished batch yet"):
+        Leaderboard.read(tmp_path / "run")
+    store.append(0, [row for row in make_rows() if row.image < 4])
+    assert Leaderboard.read(tmp_path / "run").summary.images == 4
+    with pytest.raises(ValueError, match="no rows of reference method 'grad-cam'; did you mean 'grad_cam'"):
+        Leaderboard.read(tmp_path / "run", reference="grad-cam")
+    with pytest.raises(ValueError, match="holds no run"):
+        Leaderboard.read(tmp_path / "nothing")
+
+
+def test_extremes_are_those_of_the_page(board, page):
+    best, worst = board.extremes()["ib"]
+    assert all(f"{case.value:.3f}"[:4] in page for case in best + worst)
+    assert best[0].value > worst[0].value and len(best) == 3

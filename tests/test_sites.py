@@ -1,0 +1,394 @@
+"""Sites: which layers are cuts, what is measured there, and which one is the default."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ib_explain.ib import IBAttention
+from ib_explain.layouts import Layout, probe_images
+from ib_explain.sites import candidate_layers, deeper_sites, default_layer, input_size_of, resolve_site, sites
+from tests.models import CLASSES, TinyCNN, TinyNHWC, TinyViT
+from tests.test_hooks import assert_same, mixed, state
+
+SIZE = (3, 32, 48)
+
+
+class TwoPaths(nn.Module):
+    """Two branches over the stem's output; only the stem, the join and what follows are cuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.left = nn.Conv2d(8, 8, 3, padding=1)
+        self.right = nn.Conv2d(8, 8, 3, padding=1)
+        self.join = nn.Conv2d(16, 8, 1)
+        self.last = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).tanh()
+        x = self.join(torch.cat([self.left(x).tanh(), self.right(x).tanh()], dim=1)).tanh()
+        return self.fc(self.last(x).tanh().mean(dim=(2, 3)))
+
+
+class Bypass(nn.Module):
+    """What `early` computed goes straight to the logits as well: `late` is no cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.late = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.early(x).tanh()
+        return self.fc(torch.cat([first, self.late(first).tanh()], dim=1).mean(dim=(2, 3)))
+
+
+class Bias(nn.Module):
+    """A table that is computed before the layer, without the image, and read behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Linear(1, CLASSES)
+        self.conv = nn.Conv2d(3, CLASSES, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.table(torch.ones(len(x), 1))
+        return self.conv(x).tanh().mean(dim=(2, 3)) * table
+
+
+class Branches(nn.Module):
+    """Two grids in one tuple, both read behind it."""
+
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fine = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+            self.coarse = nn.Conv2d(3, 6, 3, stride=4, padding=1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.coarse(x), self.fine(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fork = self.Fork()
+        self.fc = nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        coarse, fine = self.fork(x)
+        return self.fc(torch.cat([coarse.tanh().mean(dim=(2, 3)), fine.tanh().mean(dim=(2, 3))], dim=1))
+
+
+class Odd(TwoPaths):
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Identity()
+        self.twice = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.twice(self.twice(x)))
+
+
+def make(kind: type[nn.Module], *args: int) -> nn.Module:
+    torch.manual_seed(0)
+    return kind(*args).eval()
+
+
+def spread(logits: Tensor) -> float:
+    return float(torch.pdist(logits.detach()).mean())
+
+
+class TestCandidates:
+    def test_block_outputs_are_cuts_and_what_is_inside_a_block_is_not(self) -> None:
+        names = candidate_layers(make(TinyCNN), SIZE)
+        assert {"stem", "stages.0", "stages.1", "stages"} <= set(names)
+        assert not {n for n in names if n.endswith((".conv", ".skip"))}
+
+    def test_the_higher_name_stands_for_layers_that_return_one_tensor(self) -> None:
+        """`stages`, `stages.2` and `stages.2.act` return the same."""
+        assert not {"stages.2", "stages.2.act", "stages.1.act"} & set(candidate_layers(make(TinyCNN), SIZE))
+
+    def test_branches_are_no_cuts_the_join_is(self) -> None:
+        assert candidate_layers(make(TwoPaths), SIZE) == ["stem", "join", "last"]
+
+    def test_a_side_path_to_the_logits(self) -> None:
+        assert candidate_layers(make(Bypass), SIZE) == ["early"]
+
+    def test_layers_with_several_tensors_are_left_to_the_measurement(self) -> None:
+        assert candidate_layers(make(Branches), SIZE) == ["fork"]
+
+    def test_tables_are_no_candidates(self) -> None:
+        class Rotary(nn.Module):
+            def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+                angles = torch.linspace(0, 1, 16 * 24).view(1, 1, 16, 24).expand(len(x), -1, -1, -1)
+                return angles.sin(), angles.cos()
+
+        class Turned(TwoPaths):
+            def __init__(self) -> None:
+                super().__init__()
+                self.rotary = Rotary()
+
+            def forward(self, x: Tensor) -> Tensor:
+                sin, cos = self.rotary(x)
+                x = self.join(self.stem(x).repeat(1, 2, 1, 1)) * sin + cos
+                return self.fc(x.mean(dim=(2, 3)))
+
+        assert candidate_layers(make(Turned), SIZE) == ["stem", "join"]
+
+    def test_in_the_order_in_which_they_run(self) -> None:
+        found = sites(make(TinyCNN), SIZE)
+        assert [s.name for s in found] == candidate_layers(make(TinyCNN), SIZE)
+        assert [s.depth for s in found] == sorted(s.depth for s in found)
+
+
+class TestMeasures:
+    @pytest.mark.parametrize("name", ["stem", "stages.0", "stages.1", "stages"])
+    def test_a_cut(self, name: str) -> None:
+        site = resolve_site(make(TinyCNN), name, SIZE)
+        assert site.leak == 0
+        assert site.effect == 1
+        assert site.reached > 0.9
+        assert site.skippable
+        assert site.usable
+
+    @pytest.mark.parametrize("name", ["stages.1.conv", "stages.1.skip"])
+    def test_a_layer_inside_a_block_leaks(self, name: str) -> None:
+        site = resolve_site(make(TinyCNN), name, SIZE)
+        assert site.leak > 0.2
+        assert not site.usable
+        assert site.score == 0
+
+    def test_leak_is_what_the_definition_says(self) -> None:
+        """By hand: noise images, the layer's output the same for all, the spread of the logits before and after."""
+        model = make(Bypass)
+        site = resolve_site(model, "late", SIZE)
+        x = probe_images(3, SIZE, seed=0)
+        with torch.no_grad():
+            first = model.early(x).tanh()
+            late = model.late(first)
+            mean, std = late.mean(dim=(0, 2, 3), keepdim=True), late.std(dim=(0, 2, 3), keepdim=True)
+            noise = torch.randn(late.shape[1:], generator=torch.Generator().manual_seed(0))
+            same = (mean + std * noise).expand_as(late)
+            blocked = model.fc(torch.cat([first, same.tanh()], dim=1).mean(dim=(2, 3)))
+        assert site.leak == pytest.approx(spread(blocked) / spread(model(x)), rel=1e-4)
+
+    def test_what_runs_before_can_be_skipped_only_if_nothing_of_it_is_read_behind(self) -> None:
+        assert not resolve_site(make(Bypass), "late", SIZE).skippable
+        assert not resolve_site(make(Bias), "conv", SIZE).skippable
+        assert resolve_site(make(TwoPaths), "join", SIZE).skippable
+
+    def test_a_table_read_behind_the_layer_is_no_leak(self) -> None:
+        assert resolve_site(make(Bias), "conv", SIZE).leak == 0
+
+    def test_several_grids_the_finest_is_the_site_and_the_others_are_held(self) -> None:
+        site = resolve_site(make(Branches), "fork", SIZE)
+        assert (site.layout.path, site.grid, site.layout.others) == ((1,), (16, 24), ((0,),))
+        assert site.leak == 0
+        assert 0 < site.effect < 1
+
+    def test_depth_is_the_share_of_modules_that_are_done_also_for_names_that_another_stands_for(self) -> None:
+        """stem, act, three times conv, skip, act, then fc: twelve."""
+        model = make(TinyCNN)
+        assert resolve_site(model, "stages.1", SIZE).depth == pytest.approx(8 / 12)
+        assert resolve_site(model, "stages.2.act", SIZE).depth == pytest.approx(11 / 12)
+        assert resolve_site(model, "stages.1.conv", SIZE).depth == pytest.approx(6 / 12)
+
+    def test_constant_logits_have_no_leak_to_measure(self) -> None:
+        model = make(TinyCNN)
+        with torch.no_grad():
+            model.fc.weight.zero_()
+        site = resolve_site(model, "stages.1", SIZE)
+        assert math.isnan(site.leak)
+        assert site.reached == 0
+        assert not site.usable
+
+
+class TestClassToken:
+    SIZE = (3, 24, 24)
+
+    def test_held_tokens_leave_no_leak_and_take_from_the_effect_with_depth(self) -> None:
+        found = {s.name: s for s in sites(make(TinyViT), self.SIZE)}
+        assert found["blocks.0"].layout.kind == "NLC, 1 token beside the grid"
+        assert found["blocks.0"].leak == found["blocks.1"].leak == 0
+        assert 1 > found["blocks.0"].effect > found["blocks.1"].effect > 0.01
+
+    def test_the_last_block_is_read_by_its_class_token_alone(self) -> None:
+        site = resolve_site(make(TinyViT), "blocks", self.SIZE)
+        assert site.effect == 0
+        assert site.reached == 0
+        assert not site.usable
+        assert default_layer(make(TinyViT), self.SIZE) != "blocks"
+
+    @pytest.mark.parametrize("name", ["blocks.0", "blocks.1", None])
+    def test_with_attention_zero_the_output_does_not_depend_on_the_image(self, name: str | None) -> None:
+        model = make(TinyViT)
+        model.pretrained_cfg = {"input_size": self.SIZE}
+        x = probe_images(4, self.SIZE, seed=1)
+        with torch.no_grad(), IBAttention(model, name).restrict(attention=0.0) as host:
+            closed = host(x)
+        torch.testing.assert_close(closed, closed[:1].expand(4, -1))
+        assert spread(model(x)) > 0.05
+
+
+@pytest.mark.parametrize("kind", [TinyCNN, TinyNHWC, TwoPaths, Branches])
+def test_with_attention_zero_the_default_layer_passes_nothing(kind: type[nn.Module]) -> None:
+    model = make(kind)
+    x = probe_images(4, SIZE, seed=1)
+    layer = default_layer(model, SIZE)
+    with torch.no_grad(), IBAttention(model, layer).restrict(attention=0.0) as host:
+        closed = host(x)
+    torch.testing.assert_close(closed, closed[:1].expand(4, -1))
+
+
+class TestDefaultLayer:
+    """`stem` and `stages.0` have half of the input's side, `stages.1` a quarter, `stages` an eighth."""
+
+    def test_depth_decides_where_all_grids_are_fine(self) -> None:
+        """Grids of 112, 56 and 28 cells a side: from 14 on only depth counts, 11/12."""
+        assert default_layer(make(TinyCNN), (3, 224, 224)) == "stages"
+
+    def test_fine_and_deep(self) -> None:
+        """32, 16 and 8 cells: 1 * 5/12, 1 * 8/12 and 8/14 * 11/12 = .52; the second is best."""
+        assert default_layer(make(TinyCNN), (3, 64, 64)) == "stages.1"
+
+    def test_a_coarse_grid_costs_more_than_depth_brings(self) -> None:
+        """16, 8 and 4 cells: 1 * 5/12 = .42, 8/14 * 8/12 = .38 and 4/14 * 11/12."""
+        assert default_layer(make(TinyCNN), (3, 32, 32)) == "stages.0"
+
+    def test_among_alike_layers_the_highest_in_the_module_tree(self) -> None:
+        """The norm behind a stage is a little deeper; the stage is what one would name."""
+
+        class Normed(TwoPaths):
+            def __init__(self) -> None:
+                super().__init__()
+                self.body = nn.Sequential(*(nn.Conv2d(8, 8, 1) for _ in range(30)))
+                self.tail = nn.ModuleDict({"norm": nn.BatchNorm2d(8)})
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.fc(self.tail["norm"](self.body(self.stem(x))).mean(dim=(2, 3)))
+
+        assert default_layer(make(Normed), SIZE) == "body"
+
+    def test_a_measured_order_goes_before_one_known_by_shape_alone(self) -> None:
+        """Dense mixing over all positions hides where each of them looks."""
+
+        class Mixed(TwoPaths):
+            def __init__(self) -> None:
+                super().__init__()
+                self.mix = nn.Linear(16 * 24, 16 * 24)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.stem(x).flatten(2)
+                return self.fc(self.mix(x).unflatten(2, (16, 24)).tanh().mean(dim=(2, 3)))
+
+        assert default_layer(make(Mixed), SIZE) == "stem"
+
+    def test_no_cut_is_an_error_that_says_what_was_seen(self) -> None:
+        class Flat(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = nn.Linear(3 * 32 * 48, CLASSES)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.fc(x.flatten(1))
+
+        with pytest.raises(ValueError, match="no layer of this Flat is a cut with a spatial grid; name a layer"):
+            default_layer(make(Flat), SIZE)
+
+    def test_rejected_layers_are_named(self) -> None:
+        model = make(TinyCNN)
+        with torch.no_grad():
+            model.fc.weight.zero_()  # nothing reaches the logits
+        with pytest.raises(ValueError, match=r"the best seen is '.*': leak nan, reached 0.00; name a layer"):
+            default_layer(model, SIZE)
+
+
+class TestResolve:
+    def test_nearest_name(self) -> None:
+        with pytest.raises(ValueError, match="has no layer 'stages.l'; did you mean .*'stages.1'"):
+            resolve_site(make(TinyCNN), "stages.l", SIZE)
+
+    def test_no_grid(self) -> None:
+        with pytest.raises(ValueError, match=r"layer 'fc' has no spatial grid: .*\('B', 5\)"):
+            resolve_site(make(TinyCNN), "fc", SIZE)
+
+    @pytest.mark.parametrize(("name", "what"), [("idle", "does not run"), ("twice", "runs 2 times")])
+    def test_a_layer_that_does_not_run_once(self, name: str, what: str) -> None:
+        with pytest.raises(RuntimeError, match=f"layer '{name}' {what} in one forward pass"):
+            resolve_site(make(Odd), name, SIZE)
+
+    def test_name_or_module_wrapped_or_not(self) -> None:
+        model = make(TinyCNN)
+        site = resolve_site(model, "stages.1", SIZE)
+        assert resolve_site(model, model.stages[1], SIZE) is site
+        assert resolve_site(nn.DataParallel(model), "module.stages.1", SIZE) is site
+        assert resolve_site(torch.compile(model, backend="eager"), "stages.1", SIZE) is site
+
+    def test_known_sites_are_not_probed_again(self) -> None:
+        model = make(TinyCNN)
+        ran: list[int] = []
+        handle = model.register_forward_hook(lambda *_: ran.append(1))
+        site = resolve_site(model, None, SIZE)
+        passes = len(ran)
+        assert resolve_site(model, site.name, SIZE) is site
+        assert default_layer(model, SIZE) == site.name
+        handle.remove()
+        assert len(ran) == passes
+
+    def test_an_output_in_place_behind_the_layer(self) -> None:
+        """`stem` is followed by an in-place ReLU: the site is what the layer returned, before it."""
+        site = resolve_site(make(TinyCNN), "stem", SIZE)
+        assert site.leak == 0
+        assert site.skippable
+
+    @pytest.mark.parametrize("layer", [None, "stages.1.conv", "fc", "nothing"])
+    def test_the_host_comes_back_as_it_was(self, layer: str | None) -> None:
+        model = mixed(make(TinyCNN))
+        before = state(model)
+        if layer in ("fc", "nothing"):
+            with pytest.raises(ValueError, match="layer"):
+                resolve_site(model, layer, SIZE)
+        else:
+            resolve_site(model, layer, SIZE)
+        assert_same(before, state(model))
+
+    def test_a_host_that_raises_is_heard_and_comes_back(self) -> None:
+        class Broken(TinyCNN):
+            def forward(self, x: Tensor) -> Tensor:
+                super().forward(x)
+                raise ArithmeticError("the host's own error")
+
+        model = mixed(make(Broken))
+        before = state(model)
+        with pytest.raises(ArithmeticError, match="the host's own error"):
+            resolve_site(model, None, SIZE)
+        assert_same(before, state(model))
+
+    def test_a_half_precision_host(self) -> None:
+        site = resolve_site(make(TinyCNN).to(torch.bfloat16), "stages.1", SIZE)
+        assert site.leak == 0
+        assert site.layout.verified == "probe"
+
+
+class TestDeeper:
+    def test_the_last_layer_of_each_grid_behind_the_site(self) -> None:
+        model = make(TinyCNN)
+        found = deeper_sites(model, resolve_site(model, "stages.0", SIZE))
+        assert [(name, layout.grid) for name, layout in found] == [("stages.1", (8, 12)), ("stages", (4, 6))]
+        assert all(isinstance(layout, Layout) for _, layout in found)
+
+    def test_nothing_behind_the_last(self) -> None:
+        model = make(TinyCNN)
+        assert deeper_sites(model, resolve_site(model, "stages", SIZE)) == []
+
+
+def test_input_size_from_the_hosts_own_config() -> None:
+    model = make(TinyCNN)
+    assert input_size_of(model) == (3, 224, 224)
+    model.pretrained_cfg = {"input_size": (3, 96, 64)}
+    assert input_size_of(nn.DataParallel(model)) == (3, 96, 64)
