@@ -402,15 +402,11 @@ def run_script(tmp_path, folder, kill_at=0, launcher=()):
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
-def test_a_killed_run_resumes_and_several_processes_give_the_same_file(tmp_path, capsys):
-    x = images(10)
-
-    def method(model, part, target):
-        return part.abs().mean(1)
-
-    methods, metrics = ["grad_cam", "random", method], ["insertion", "infidelity"]
-    board = run_benchmark(tiny(), list(x.split(2)), methods=methods, metrics=metrics, out=tmp_path / "whole")
-    assert "benchmark 30/30" in capsys.readouterr().err
+def test_a_killed_run_resumes_and_several_processes_give_the_same_file(tmp_path):
+    # All in processes of one thread: with other numbers of threads the last bits of the scores may differ.
+    whole = run_script(tmp_path, "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert "benchmark 30/30" in whole.stderr
 
     assert run_script(tmp_path, "killed", kill_at=3).returncode == -9
     half = (tmp_path / "killed" / "rows.csv").read_text().splitlines()
@@ -429,8 +425,9 @@ def test_a_killed_run_resumes_and_several_processes_give_the_same_file(tmp_path,
     expected = (tmp_path / "whole" / "rows.csv").read_bytes()
     assert (tmp_path / "killed" / "rows.csv").read_bytes() == expected
     assert (tmp_path / "two" / "rows.csv").read_bytes() == expected
+    summary = (tmp_path / "whole" / "summary.json").read_text()
     for folder in ("killed", "two"):
-        assert (tmp_path / folder / "summary.json").read_text() == board.to_json()
+        assert (tmp_path / folder / "summary.json").read_text() == summary
 
 
 # What it reads
