@@ -1,9 +1,13 @@
 """Classes in every form; the range is checked in the pass that makes the map, not in one of its own."""
 
+import functools
+
 import pytest
+import timm
 import torch
 
 import ib_explain as ibx
+from ib_explain.methods import METHODS
 from ib_explain.targets import class_rows, resolve_target
 from tests.models import images, tiny
 
@@ -36,3 +40,35 @@ def test_a_given_target_costs_a_fitted_bottleneck_no_further_pass():
     assert len(passes) == 1
     with pytest.raises(IndexError, match="class 9 is out of range"):
         ibx.attribute(host, images(2), target=9, method=ib)
+
+
+@functools.cache
+def transformer():
+    torch.manual_seed(0)
+    return timm.create_model("test_vit", num_classes=5).eval()
+
+
+def passes(method, target):
+    """Forward passes of the host, called as a whole, that one `attribute` takes."""
+    host, x = transformer(), images(2, size=64)
+    options = {"layer": "blocks.1", "steps": 2, "copies": 2} if method in ("ib", "iba") else {}
+    counted = []
+    ibx.attribute(host, x, method=method, **options)  # layers and statistics are found and remembered
+    handle = host.register_forward_hook(lambda *_: counted.append(1))
+    try:
+        ibx.attribute(host, x, target=target, method=method, **options)
+    finally:
+        handle.remove()
+    return len(counted)
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "grad_cam_pp", "hires_cam", "layer_cam"])
+def test_a_gradient_cam_takes_one_pass_whatever_the_target(method):
+    assert passes(method, None) == passes(method, 2) == passes(method, [2, -1]) == 1
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if getattr(METHODS.get(name), "resolves_target", False)])
+def test_who_resolves_the_target_himself_pays_nothing_for_it_and_checks_its_range(method):
+    assert passes(method, 2) == passes(method, None)
+    with pytest.raises(IndexError, match="class 9 is out of range for a model with 5 classes"):
+        passes(method, 9)

@@ -26,6 +26,7 @@ class AttentionRollout:
     """
 
     unit: ClassVar[str] = "attention"
+    resolves_target: ClassVar[bool] = True
 
     def __call__(self, call: Call) -> Tensor:
         call.refuse_layer("attention_rollout")
@@ -43,6 +44,7 @@ class AttentionGradientRollout:
     """
 
     unit: ClassVar[str] = "gradient x attention"
+    resolves_target: ClassVar[bool] = True
 
     def __call__(self, call: Call) -> Tensor:
         call.refuse_layer("attention_gradient_rollout")

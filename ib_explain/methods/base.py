@@ -72,7 +72,11 @@ class Call:
 
 
 class Method(Protocol):
-    """Makes maps. The class docstring's first line is what tables and `available_methods` show."""
+    """Makes maps. The class docstring's first line is what tables and `available_methods` show.
+
+    A method that calls `resolve_target` on the logits of its own forward pass says so with a class attribute
+    `resolves_target = True`; for the others `attribute` runs one image first, to check the target's range.
+    """
 
     unit: str
     "What the values are, for colour bars: 'bits', 'gradient x feature', ..."

@@ -27,6 +27,7 @@ class GradCAM:
     """
 
     unit: ClassVar[str] = "gradient x feature"
+    resolves_target: ClassVar[bool] = True
     relu: bool = True
 
     def __call__(self, call: Call) -> Tensor:

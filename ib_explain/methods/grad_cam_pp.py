@@ -23,6 +23,7 @@ class GradCAMPlusPlus:
     """
 
     unit: ClassVar[str] = "gradient x feature"
+    resolves_target: ClassVar[bool] = True
 
     def __call__(self, call: Call) -> Tensor:
         seen = glance(call)

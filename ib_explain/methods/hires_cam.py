@@ -26,6 +26,7 @@ class HiResCAM:
     """
 
     unit: ClassVar[str] = "gradient x feature"
+    resolves_target: ClassVar[bool] = True
     relu: bool = True
 
     def __call__(self, call: Call) -> Tensor:

@@ -53,6 +53,7 @@ class IBA:
     """
 
     unit: ClassVar[str] = "bits"
+    resolves_target: ClassVar[bool] = True
     reference: Tensor | None = None
     beta: float = 10.0
     steps: int = 10

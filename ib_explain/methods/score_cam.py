@@ -25,6 +25,7 @@ class ScoreCAM:
     """
 
     unit: ClassVar[str] = "feature"
+    resolves_target: ClassVar[bool] = True
 
     def __call__(self, call: Call) -> Tensor:
         features, classes = grid_and_classes(call, cam_site(call))
