@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from ib_explain.contenders import Contender
 from ib_explain.hooks import host_device
 from ib_explain.methods.base import NotApplicable
-from ib_explain.metrics import Case, Curve, Metric, Probe, centred_gaussian, register_metric
-from ib_explain.metrics.cost import Cost, measure_cost
+from ib_explain.metrics import Case, Curve, Metric, centred_gaussian
 from ib_explain.metrics.perturbation import deletion_curve, insertion_curve
 from ib_explain.metrics.sanity import Explain
 from ib_explain.progress import Progress
@@ -25,7 +24,7 @@ __all__ = ["Measure", "on_host"]
 
 CURVES: dict[str, Callable[[Case], Curve]] = {"insertion": insertion_curve, "deletion": deletion_curve}
 """Metrics whose whole curves are kept."""
-COST_IMAGES, COST_ROUNDS = 8, 3  # the cost of a method is that of the first images, not of each
+COST_IMAGES = 8  # the cost of a method is that of the first images, not of each
 
 
 class Outcome(NamedTuple):
@@ -203,39 +202,3 @@ def _problem(error: Exception) -> tuple[str, str]:
     if isinstance(error, NotApplicable):
         return "not_applicable", str(error) or "not applicable"
     return "failed", f"{type(error).__name__}: {error}"
-
-
-def _cost(probe: Probe, _maps: Tensor | None, explain: Explain) -> Cost:
-    return measure_cost(probe.model, probe.x, explain, probe.target, rounds=COST_ROUNDS)
-
-
-def _file_cost(name: str, unit: str, read: Callable[[Cost], float], summary: str) -> None:
-    def score(case: Case) -> Tensor:
-        cost = case.once(_cost, explain=case.explain)
-        return torch.full((len(case.probe.x),), read(cost))
-
-    score.__doc__ = summary
-    register_metric(name, family="cost", unit=unit, higher_is_better=False, needs=("model", "explain"))(score)
-
-
-_file_cost(
-    "time",
-    "times a forward pass",
-    lambda cost: cost.time_ratio,
-    "Wall time for a map in plain forward passes of the same images, median of three rounds.",
-)
-_file_cost(
-    "forward_passes", "passes", lambda cost: cost.forwards, "Forward passes for a map, counted by their arithmetic."
-)
-_file_cost(
-    "backward_passes",
-    "passes",
-    lambda cost: cost.backwards,
-    "Backward passes for a map, counted by their arithmetic; 1 reaches from the logit to the image.",
-)
-_file_cost(
-    "memory",
-    "times a forward pass",
-    lambda cost: cost.memory_ratio,
-    "Peak memory for maps in that of a plain forward pass of the same images.",
-)

@@ -6,7 +6,11 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import ib_explain as ibx
+from ib_explain.metrics import METRICS
+from ib_explain.metrics.base import FAMILIES
 
 PACKAGE = Path(ibx.__file__).parent
 
@@ -81,3 +85,29 @@ def test_every_public_function_of_the_package_has_a_docstring():
                 )
                 missing += [] if documented else [f"{name}.{node.name}"]
     assert not missing
+
+
+COUNT_METRICS = "from ib_explain.metrics import METRICS; print(*METRICS)"
+LIST_METRICS = "import ib_explain; print(*ib_explain.available_metrics())"
+
+
+@pytest.mark.parametrize("code", [COUNT_METRICS, LIST_METRICS])
+def test_a_fresh_process_knows_every_metric(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    listed = done.stdout.split()
+    named = {
+        call.args[0].value
+        for path in (PACKAGE / "metrics").glob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("register_metric", "_file_cost")
+        if isinstance(call.args[0], ast.Constant)
+    }
+    assert {"insertion", "time", "memory", "forward_passes", "backward_passes"} <= named <= set(listed)
+    assert sorted(listed) == sorted(METRICS)
+
+
+def test_families_are_those_that_metrics_have_and_the_docs_explain():
+    assert {METRICS.get(name).family for name in METRICS} == set(FAMILIES)
+    page = (PACKAGE.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    explained = page.split("## What each family can tell")[1].lower()
+    assert all(f"**{family}" in explained for family in FAMILIES)

@@ -399,6 +399,8 @@ def test_a_case_that_lacks_something_says_what(net, batch):
         METRICS.get("insertions")
     with pytest.raises(ValueError, match="metric 'x' needs 'mask', which a Case has not"):
         register_metric("x", family="complexity", unit="share", higher_is_better=True, needs=("mask",))
+    with pytest.raises(ValueError, match="metric 'x' has the unknown family 'costs'; did you mean 'cost'"):
+        register_metric("x", family="costs", unit="share", higher_is_better=True)
 
 
 def test_both_curves_share_their_ends(batch):

@@ -12,12 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ib_explain.checks import did_you_mean
 from ib_explain.metrics.probe import Probe
 from ib_explain.registry import Registry
 from ib_explain.targets import Target
 
-__all__ = ["METRICS", "NEEDS", "Case", "Curve", "Metric", "register_metric"]
+__all__ = ["FAMILIES", "METRICS", "NEEDS", "Case", "Curve", "Metric", "register_metric"]
 
+FAMILIES = ("perturbation", "localisation", "human", "sanity", "robustness", "complexity", "cost")
 NEEDS = ("model", "maps", "explain", "masks", "density", "fixations", "other", "baseline")
 
 
@@ -98,7 +100,7 @@ class Metric:
 
     name: str
     family: str
-    """"perturbation", "localisation", "human", "robustness" or "complexity"."""
+    """One of `FAMILIES`; a benchmark shows and ranks the family "cost", but leaves it out of the mean rank."""
     unit: str
     higher_is_better: bool
     needs: tuple[str, ...]
@@ -125,8 +127,10 @@ def register_metric(
     """Decorator that files a function from a `Case` to scores (B,) under `name`; its first doc line is the summary.
 
     Raises:
-        ValueError: a second owner of the name, or a need that `Case` does not have.
+        ValueError: a second owner of the name, an unknown family, or a need that `Case` does not have.
     """
+    if family not in FAMILIES:
+        raise ValueError(f"metric {name!r} has the unknown family {family!r}{did_you_mean(family, FAMILIES)}")
     unknown = [need for need in needs if need not in NEEDS]
     if unknown:
         raise ValueError(f"metric {name!r} needs {unknown[0]!r}, which a Case has not; known: {', '.join(NEEDS)}")

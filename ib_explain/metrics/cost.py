@@ -23,6 +23,8 @@ from torch.utils.flop_counter import flop_registry
 
 from ib_explain.checks import check_images, check_positive_int
 from ib_explain.hooks import frozen, host_device, run_host
+from ib_explain.metrics.base import Case, register_metric
+from ib_explain.metrics.probe import Probe
 from ib_explain.metrics.sanity import Explain
 from ib_explain.targets import Target, resolve_target, target_scores
 
@@ -30,6 +32,8 @@ __all__ = ["Cost", "count_passes", "measure_cost"]
 
 TURN = 0.05
 """Seconds that a measured turn lasts at least; single calls of a few milliseconds measure the scheduler."""
+ROUNDS = 3
+"""Timed turns of the registered metric."""
 
 
 @dataclass(frozen=True)
@@ -234,3 +238,39 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def _cost(probe: Probe, _maps: Tensor | None, explain: Explain) -> Cost:
+    return measure_cost(probe.model, probe.x, explain, probe.target, rounds=ROUNDS)
+
+
+def _file_cost(name: str, unit: str, read: Callable[[Cost], float], summary: str) -> None:
+    def score(case: Case) -> Tensor:
+        cost = case.once(_cost, explain=case.explain)
+        return torch.full((len(case.probe.x),), read(cost))
+
+    score.__doc__ = summary
+    register_metric(name, family="cost", unit=unit, higher_is_better=False, needs=("model", "explain"))(score)
+
+
+_file_cost(
+    "time",
+    "times a forward pass",
+    lambda cost: cost.time_ratio,
+    "Time for a map in plain forward passes of the same images, median of three rounds; processor time on a CPU.",
+)
+_file_cost(
+    "forward_passes", "passes", lambda cost: cost.forwards, "Forward passes for a map, counted by their arithmetic."
+)
+_file_cost(
+    "backward_passes",
+    "passes",
+    lambda cost: cost.backwards,
+    "Backward passes for a map, counted by their arithmetic; 1 reaches from the logit to the image.",
+)
+_file_cost(
+    "memory",
+    "times a forward pass",
+    lambda cost: cost.memory_ratio,
+    "Peak memory for maps in that of a plain forward pass of the same images.",
+)
