@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["DARK", "LIGHT", "Plot", "Theme", "plots"]
 
 WIDTH = 4.4  # inches: at a phone's width the text stays at about 10 pixels
+TICK_GAP = 0.1  # share of the axes' width between two ticks of the cost axis: room for four digits
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,6 @@ def _cost_plot(summary: Summary, cost: MetricFacts, quality: MetricFacts) -> Plo
 
     def draw(theme: Theme) -> Figure:
         figure, axes = _blank(theme, 3.6)
-        positive = x[x > 0]
-        if positive.size == x.size:
-            axes.set_xscale("log")
-        else:  # methods that never run the model stand at zero
-            axes.set_xscale("symlog", linthresh=float(positive.min()) if positive.size else 1.0)
         ends = sorted(zip(x[front], y[front], strict=True))
         axes.step(
             *zip(*ends, strict=True), where="post", color=theme.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1
@@ -161,7 +157,8 @@ def _cost_plot(summary: Summary, cost: MetricFacts, quality: MetricFacts) -> Plo
                 zorder=3,
             )
         axes.margins(x=0.16, y=0.1)
-        axes.set_xlabel(f"{cost.name}: {cost.unit} (log scale)")
+        _log_axis(axes, x)
+        axes.set_xlabel(f"{cost.name}: {cost.unit}" + " (log scale)" * bool((x > 0).any()))
         axes.set_ylabel(f"{quality.name}: {quality.unit}")
         if not quality.higher_is_better:
             axes.invert_yaxis()
@@ -224,13 +221,55 @@ def _blank(theme: Theme, height: float) -> tuple[Figure, Axes]:
     axes = figure.add_subplot(facecolor=theme.paper)
     axes.grid(color=theme.rule, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8, color=theme.rule, labelcolor=theme.muted)
+    axes.tick_params(which="both", labelsize=8, color=theme.rule, labelcolor=theme.muted)
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(theme.rule)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(color=theme.muted, fontsize=8.5)
     return figure, axes
+
+
+def _log_axis(axes: Axes, x: np.ndarray) -> None:
+    """Make the x axis of drawn points logarithmic, from zero where some stand there, with ticks that keep apart."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+
+    positive = x[x > 0]
+    if not positive.size:
+        axes.set_xticks([0])
+        return
+    free = positive.size < x.size  # methods that never run the model
+    if free:
+        decades = math.log10(positive.max() / positive.min())
+        axes.set_xscale("symlog", linthresh=float(positive.min()), linscale=max(0.15, decades / 4))
+    else:
+        axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    low = float(positive.min()) if free else low
+    powers = 10.0 ** np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    best: list[float] = []
+    for candidates in (powers, np.outer(powers, (1, 2, 5)).ravel(), MaxNLocator(5).tick_values(low, high)):
+        ticks = [0.0] if free else []
+        for value in candidates[(candidates >= low) & (candidates <= high)].tolist():
+            if not ticks or _across(axes, value) - _across(axes, ticks[-1]) >= TICK_GAP:
+                ticks.append(value)
+        best = max(best, ticks, key=len)
+        if len(best) > 2:
+            break
+    axes.xaxis.set_major_locator(FixedLocator(best))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _place: _plain(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _across(axes: Axes, value: float) -> float:
+    """Where a value of x stands, as a share of the axes' width."""
+    at = axes.transData.transform((value, 0.0))
+    return float(axes.transAxes.inverted().transform(at)[0])
+
+
+def _plain(value: float) -> str:
+    """A number as short as it can be written: 0.5, 2, 100000, 1e6."""
+    return f"{value:g}".replace("e+0", "e").replace("e-0", "e-")
 
 
 def _style(theme: Theme, place: int) -> tuple[str, Any]:

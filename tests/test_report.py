@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -245,6 +246,35 @@ def test_cost_plot_takes_free_methods_and_inverts_for_lower_is_better(board):
     assert drawn["cost-insertion"].draw(LIGHT).axes[0].get_xscale() == "symlog"
     assert drawn["cost-deletion"].draw(LIGHT).axes[0].yaxis_inverted()
     assert drawn["cost-insertion"].alt.endswith("Pareto front, cheapest first: ib.")
+
+
+@pytest.mark.parametrize(
+    ("costs", "labels"),
+    [
+        ((1.02, 1.1, 1.6), ["1", "1.2", "1.4", "1.6"]),
+        ((1, 3.1, 9), ["1", "2", "5", "10"]),
+        ((1.04, 50, 4100), ["1", "10", "100", "1000", "10000"]),
+        ((0.02, 30, 3e6), ["0.001", "0.1", "10", "1000", "100000", "1e7"]),
+        ((0, 0.86, 230), ["0", "1", "10", "100"]),
+        ((0, 0.87, 2.1), ["0", "1", "2"]),
+        ((0, 0, 0), ["0"]),
+    ],
+)
+def test_ticks_of_the_cost_axis_are_plain_numbers_that_keep_apart(board, costs, labels):
+    cost = dict(zip(LEVELS, costs, strict=True))
+    rows = [
+        dataclasses.replace(r, value=cost[r.method]) if r.metric == "passes" and r.method in cost else r
+        for r in board.rows
+    ]
+    figure = plots(summarise(rows, board.summary.metrics, methods=list(METHODS)))[0].draw(LIGHT)
+    figure.draw_without_rendering()
+    axis = figure.axes[0].xaxis
+    low, high = figure.axes[0].get_xlim()
+    shown = [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert [label.get_text() for label in shown] == labels
+    boxes = [label.get_window_extent() for label in shown]
+    assert all(left.x1 + 2 < right.x0 for left, right in itertools.pairwise(boxes))
+    assert not any(label.get_text() for label in axis.get_minorticklabels())
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
