@@ -30,7 +30,8 @@ class Progress:
         self._bar = tqdm(total=total, initial=done, desc=label, dynamic_ncols=True) if terminal else None
 
     def step(self, count: int = 1, **figures: float) -> None:
-        """Advance, and show the latest figures."""
+        """Advance, at most to the total (the last batch may hold more than was left), and show the latest figures."""
+        count = min(count, self.total - self.done)
         self.done += count
         if not self.show:
             return
@@ -42,7 +43,8 @@ class Progress:
         now = time.monotonic()
         if now - self._last_line >= SECONDS_BETWEEN_LINES or self.done >= self.total:
             left = (now - self._started) / max(self.done - self._first, 1) * (self.total - self.done)
-            print(f"{self.label} {self.done}/{self.total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
+            line = [f"{self.label} {self.done}/{self.total}", text, f"{left:.0f} s left"]
+            print("  ".join(filter(None, line)), file=sys.stderr, flush=True)
             self._last_line = now
 
     def __enter__(self) -> Progress:
