@@ -117,7 +117,13 @@ def _calibration(curve: Curve, maps: Tensor) -> Tensor:
 
 
 def _sensitivity(
-    probe: Probe, maps: Tensor, fractions: tuple[float, ...], sets: int, fill: str | Tensor, score: str, seed: int
+    probe: Probe,
+    maps: Tensor,
+    fractions: tuple[float, ...] = SENSITIVITY_FRACTIONS,
+    sets: int = 100,
+    fill: str | Tensor = "zero",
+    score: str = "logit",
+    seed: int = 0,
 ) -> Curve:
     maps = probe.check_maps(maps)
     sets = check_positive_int(sets, "sets")
@@ -182,5 +188,4 @@ def _dc_score(case: Case) -> Tensor:
 @register_metric("sensitivity_n", family="perturbation", unit="correlation", higher_is_better=True)
 def _sensitivity_score(case: Case) -> Tensor:
     """Sensitivity-n: correlation of the map's sum over random pixel sets with the logit lost by their removal."""
-    settings = {"fractions": SENSITIVITY_FRACTIONS, "sets": 100, "fill": "zero", "score": "logit", "seed": case.seed}
-    return case.once(_sensitivity, **settings).auc
+    return case.once(_sensitivity, seed=case.seed).auc

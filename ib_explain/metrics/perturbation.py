@@ -164,10 +164,10 @@ def ranked_curve(
     maps: Tensor,
     insert: bool,
     fill: str | Tensor,
-    steps: int | None,
-    pixels_per_step: int | None,
-    score: str,
-    seed: int,
+    steps: int | None = None,
+    pixels_per_step: int | None = None,
+    score: str = "probability",
+    seed: int = 0,
 ) -> Curve:
     """`insertion` or `deletion` for images that a probe holds."""
     maps = probe.check_maps(maps)
@@ -181,7 +181,14 @@ def ranked_curve(
 
 
 def _degradation(
-    probe: Probe, maps: Tensor, order: str, tile: int, fill: str | Tensor, steps: int | None, score: str, seed: int
+    probe: Probe,
+    maps: Tensor,
+    order: str,
+    tile: int,
+    fill: str | Tensor = "mean",
+    steps: int | None = None,
+    score: str = "probability",
+    seed: int = 0,
 ) -> Curve:
     maps = probe.check_maps(maps)
     descending = most_relevant_first(order)
@@ -267,16 +274,13 @@ def _degradation_14(case: Case) -> Tensor:
 
 def insertion_curve(case: Case) -> Curve:
     """The curve of the registered insertion metrics, computed once for a case."""
-    settings = {"steps": None, "pixels_per_step": None, "score": "probability", "seed": case.seed}
-    return case.once(ranked_curve, insert=True, fill="blur", **settings)
+    return case.once(ranked_curve, insert=True, fill="blur", seed=case.seed)
 
 
 def deletion_curve(case: Case) -> Curve:
     """The curve of the registered deletion metrics, computed once for a case."""
-    settings = {"steps": None, "pixels_per_step": None, "score": "probability", "seed": case.seed}
-    return case.once(ranked_curve, insert=False, fill="zero", **settings)
+    return case.once(ranked_curve, insert=False, fill="zero", seed=case.seed)
 
 
 def _degradation_curve(case: Case, order: str, tile: int) -> Curve:
-    settings = {"fill": "mean", "steps": None, "score": "probability", "seed": case.seed}
-    return case.once(_degradation, order=order, tile=tile, **settings)
+    return case.once(_degradation, order=order, tile=tile, seed=case.seed)
