@@ -1,9 +1,12 @@
 """Fitting a bottleneck: statistics of the features, then a few hundred steps that train the attention network only.
 
-The loss is the target's cross-entropy behind the bottleneck plus beta times the mean nats that pass a feature element.
-Beta is found, not tuned: it is a fixed share of what is at stake, the cross-entropy with nothing let through minus the
-host's own. So one default carries over from layer to layer and host to host, whatever their widths, the number of
-classes and the scale of the logits; and a host that tells nothing about the target is not squeezed to nothing.
+The loss is the target's cross-entropy behind the bottleneck plus beta times the rate (`ib_explain.objective`). Beta is
+found, not tuned: it is a fixed share of what is at stake, the cross-entropy with nothing let through minus the host's
+own. So one default carries over from layer to layer and host to host, whatever their widths, the number of classes and
+the scale of the logits; and a host that tells nothing about the target is not squeezed to nothing.
+
+An attention that reads no gradient learns from one that does (the teacher, thrown away afterwards): in every step the
+teacher's attention passes for one half of the images and its own for the other, and it also follows the teacher's.
 """
 
 from __future__ import annotations
@@ -22,11 +25,11 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ib_explain.bottleneck.anchors import Anchors
-from ib_explain.bottleneck.module import Bottleneck
+from ib_explain.bottleneck.module import Attention, Bottleneck
 from ib_explain.checks import check_images
 from ib_explain.data.batches import Batches, Share
 from ib_explain.hooks import host_device
-from ib_explain.objective import PRICE, nats_at_stake
+from ib_explain.objective import PRICE, location_price, nats_at_stake, rate
 from ib_explain.observation import Observation, observe
 from ib_explain.places import Place
 from ib_explain.progress import Progress
@@ -45,7 +48,7 @@ class FitSettings:
 
     Attributes:
         steps: number of optimiser steps.
-        beta: weight of the mean nats per feature element in the loss; None for `PRICE` times what is at stake.
+        beta: weight of the rate in the loss; None for `PRICE` times what is at stake.
         lr: peak learning rate of Adam; one cosine cycle with a short warm-up.
         objective: "prediction" draws targets from the host's own predictive distribution, "label" takes the labels.
         precision: "fp32", "bf16" or "fp16"; statistics, gate and bits are float32 in any case.
@@ -199,9 +202,12 @@ class _Trainer:
     ) -> None:
         self.bottleneck, self.host, self.place = bottleneck, host, place
         self.share, self.settings, self.accelerator = share, settings, accelerator
-        self.parameters = [p for p in bottleneck.parameters() if p.requires_grad]
+        self.teacher = None if bottleneck.gradient else bottleneck.teacher().to(host_device(host))
         anchors = list(bottleneck.anchors.parameters()) if bottleneck.anchors is not None else []
         network = list(bottleneck.network.parameters())
+        if self.teacher is not None:
+            network += self.teacher.network.parameters()
+        self.parameters = [*network, *anchors]
         groups = [{"params": network, "lr": settings.lr}]
         if anchors:
             groups.append({"params": anchors, "lr": Anchors.LEARNING_RATE})
@@ -229,20 +235,18 @@ class _Trainer:
                 x,
                 self._targets(labels, noise),
                 deeper=self.place.deeper,
-                gradient=bottleneck.gradient,
+                gradient=True,
             )
-            grid = (1, *self.place.site.grid)
-            attention = bottleneck.attend(seen, noise.normal(grid))
+            attention, own = self._attend(seen, noise)
             restricted = bottleneck.restriction.apply_to(
                 seen, self.place.site.layout, attention.value, noise.normal(seen.features.shape[1:])
             )
             logits = seen.tail(restricted).float()
         self._weigh(seen, noise)
-        loss_kept = F.cross_entropy(logits, seen.target)
+        kept = F.cross_entropy(logits, seen.target, reduction="none")  # (B,)
         passed = bottleneck.restriction.bits(seen, attention.value)  # (B, 1, h, w)
-        bits = passed.sum(dim=(1, 2, 3)).mean()
-        nats = bits * math.log(2) / seen.features[0].numel()
-        loss = loss_kept + self.beta * nats + attention.loss
+        cost = rate(passed, location_price(seen), seen.features.shape[1])  # (B,)
+        loss = (kept + self.beta * cost).mean() + attention.loss
         self._schedule()
         self.optimiser.zero_grad()
         self.scaler.scale(loss).backward()
@@ -251,17 +255,34 @@ class _Trainer:
         self.scaler.update()
         # Agreement is asked of the top-1's own attention: another class's keeps evidence against the top-1.
         top = seen.logits.argmax(1)
-        asked, kept = seen.target == top, logits.argmax(1) == top
-        counts = torch.stack([(asked & kept).sum(), asked.sum()])
-        lost = loss_kept - F.cross_entropy(seen.logits.float(), seen.target)
-        figures = torch.stack([loss, lost, bits, attention.mean.mean(), *counts]).detach()
-        self._follow(torch.cat([figures.float(), bottleneck.phases_of(passed).flatten()]))
+        asked, agreed = own & (seen.target == top), logits.argmax(1) == top
+        lost = kept - F.cross_entropy(seen.logits.float(), seen.target, reduction="none")
+        means = [lost[own].mean(), passed[own].sum(dim=(1, 2, 3)).mean(), attention.mean[own].mean()]
+        figures = torch.stack([loss, *means, (asked & agreed).sum(), asked.sum()]).detach()
+        self._follow(torch.cat([figures.float(), bottleneck.phases_of(passed[own]).flatten()]))
         self.step_number += 1
         self.images += len(x) * self.share.world
 
+    def _attend(self, seen: Observation, noise: _BatchNoise) -> tuple[Attention, Tensor]:
+        """The attention that passes, and for which images it is the bottleneck's own, (B,) bool."""
+        drawn = noise.normal((1, *self.place.site.grid))
+        attention = self.bottleneck.attend(seen, drawn)
+        own = torch.ones(len(drawn), dtype=torch.bool, device=drawn.device)
+        if self.teacher is None:
+            return attention, own
+        taught = self.teacher.attend(seen, drawn)
+        own = noise.every_second(self.step_number)
+        if not own.any():  # a last batch of one image
+            own = ~own
+        mine = own[:, None, None, None]
+        mean = attention.mean.float()
+        following = F.binary_cross_entropy(mean, taught.mean.detach().float())
+        value = torch.where(mine, attention.value, taught.value)
+        return Attention(mean, attention.std, value, attention.loss + following), own
+
     @property
     def beta(self) -> float:
-        """Weight of the mean nats per feature element."""
+        """Weight of the rate."""
         if self.settings.beta is not None:
             return self.settings.beta
         return PRICE * max(0.0, self.at_stake or 0.0)
@@ -272,6 +293,9 @@ class _Trainer:
         for index, values in self.optimiser.state_dict()["state"].items():
             for name, value in values.items():
                 tensors[f"{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+        if self.teacher is not None:
+            for name, value in self.teacher.network.state_dict().items():
+                tensors[f"teacher.{name}"] = value.cpu().contiguous()
         run = {
             "step": self.step_number,
             "images": self.images,
@@ -287,10 +311,16 @@ class _Trainer:
         run, tensors = state["run"], state["tensors"]
         optimiser = self.optimiser.state_dict()
         optimiser["state"] = {}
+        taught: dict[str, Tensor] = {}
         for name, value in tensors.items():
             index, key = name.split(".", 1)
+            if index == "teacher":
+                taught[key] = value
+                continue
             optimiser["state"].setdefault(int(index), {})[key] = value
         self.optimiser.load_state_dict(optimiser)
+        if self.teacher is not None:
+            self.teacher.network.load_state_dict(taught)
         self.step_number, self.images, self.seconds_before = run["step"], run["images"], run["seconds"]
         self.at_stake = run["at_stake"]
         self.figures, self.history = run["figures"], run["history"]
@@ -370,6 +400,11 @@ class _BatchNoise:
         uniform = self._mine(torch.rand(everyone, generator=self.generator, device=self.device))
         drawn = (probabilities.cumsum(dim=1) < uniform).sum(dim=1)
         return drawn.clamp_max(probabilities.shape[1] - 1)
+
+    def every_second(self, step: int) -> Tensor:
+        """Every second image of the global batch, the others in the next step: (B,) bool."""
+        everyone = (torch.arange(self.batch * self.share.world, device=self.device) + step) % 2 == 0
+        return self._mine(everyone)
 
     def _mine(self, values: Tensor) -> Tensor:
         return values[self.share.rank * self.batch : (self.share.rank + 1) * self.batch]

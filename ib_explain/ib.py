@@ -166,9 +166,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             data: iterable of (images, labels) or of images, normalised as the host expects: a DataLoader, a list, what
                 `timm.data.create_loader` gives. Training images: the statistics come from them.
             steps: optimiser steps; by default as many as show 12,800 images, at least 100.
-            beta: weight of the mean nats per feature element against the cross-entropy in nats; None for a quarter of
-                what is at stake (cross-entropy with nothing let through minus the host's own), which carries over
-                from layer to layer and host to host.
+            beta: weight of the rate (`ib_explain.objective.rate`: the root of the nats a feature element, priced by
+                place) against the cross-entropy in nats; None for what is at stake (cross-entropy with nothing let
+                through minus the host's own), which carries over from layer to layer and host to host.
             lr: peak learning rate, 2e-3 by default.
             objective: "prediction" explains what the host says (targets drawn from its own predictive distribution),
                 "label" the labels in the data.
@@ -322,7 +322,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             self.bottleneck  # noqa: B018 - says so if there is none
         with frozen(self.forward_func) as host:
             if self._place is None and self.layer_name is None:
-                self._settle(find_place(host, None, input_size_of(host), read=False))
+                self._settle(find_place(host, None, input_size_of(host)))
             name = str(self.layer_name)
             plan: list[tuple[Restriction, Observation, Layout, Tensor]] = []
             planning = False
@@ -495,19 +495,18 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         )
 
     def _observe(
-        self, host: nn.Module, x: Tensor, target: Target, args: tuple[Any, ...], *, read: bool
+        self, host: nn.Module, x: Tensor, target: Target, args: tuple[Any, ...], *, read: bool, gradient: bool
     ) -> tuple[Observation, Place]:
-        """A clean pass at the place that holds for this input size."""
+        """A clean pass at the place that holds for this input size; `read` the deeper layers, or only the site."""
         size = _size(x)
         place = self._place
         if place is None or (not self.fitted and place.input_size != size):
-            place = self._settle(find_place(host, self.layer_name, size, args, read=False))
+            place = self._settle(find_place(host, self.layer_name, size, args))
         elif place.input_size != size:
             if self.per_element:
                 raise ValueError(f"per-element statistics hold for the fitted size {place.input_size}, got {size}")
             place = place.at_size(host, size, args)
         deeper = place.deeper if read else ()
-        gradient = read and self.reads == "gradient"
         return observe(host, place.site, x.detach(), target, deeper=deeper, gradient=gradient, args=args), place
 
     def _maps(
@@ -527,7 +526,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             raise ValueError(f"the {self.gate!r} gate passes everything, so it has no bits; use output='attention'")
         check_images(x, name="inputs", channels=input_size_of(self.host)[0], device=host_device(self.host))
         with frozen(self.forward_func) as host, torch.no_grad():
-            seen, place = self._observe(host, x, target, args, read=fitted)
+            # The optimisation is priced by the deeper layers' evidence, whatever the attention itself reads.
+            gradient = settings.steps > 0 or self.reads == "gradient"
+            seen, place = self._observe(host, x, target, args, read=True, gradient=gradient)
             if fitted and reference is None:
                 restriction, start = self.bottleneck.restriction, self.bottleneck.attend(seen).value
             else:
@@ -564,7 +565,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
     ) -> tuple[Restriction, Observation, Layout, Tensor]:
         """What `restrict` needs for one forward pass."""
         with torch.no_grad():
-            seen, place = self._observe(host, x, target, args, read=attention is None)
+            gradient = attention is None and self.reads == "gradient"
+            seen, place = self._observe(host, x, target, args, read=attention is None, gradient=gradient)
             restriction = self._restriction(host, place, args=args)
             if attention is None:
                 value = self.bottleneck.attend(seen).value

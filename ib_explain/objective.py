@@ -1,12 +1,31 @@
-"""What the bottleneck trades: nats about the target against nats that pass, and the price between them."""
+"""What the bottleneck trades: nats about the target against the rate, and the price between them.
+
+The rate is not the plain sum of the nats that pass. Two things make it an explanation's rate:
+
+- A place is dear where the host's own deep layers hold no evidence for the class, and cheap where they do
+  (`location_price`). The fine grid alone cannot tell an object's edge from the same edge elsewhere.
+- The root is taken over coarse blocks (`rate`), as in the group lasso (Yuan and Lin 2006): the first nat in a block
+  costs most, so that blocks without evidence close altogether rather than each keeping a little.
+
+Both only steer which information passes. Bits are counted as they are, whatever they cost.
+"""
 
 from __future__ import annotations
 
+import math
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PRICE", "nats_at_stake"]
+from ib_explain.maps import resize
+from ib_explain.observation import Observation
 
-PRICE = 0.25  # one nat a feature element costs this share of what is at stake
+__all__ = ["PRICE", "location_price", "nats_at_stake", "rate"]
+
+PRICE = 1.0  # share of what is at stake that a rate of 1 costs: one nat through every feature element
+CONTRAST = 3.0  # by which the log of the price falls for evidence of one standard deviation more
+BLOCKS = 4  # a side
 
 
 def nats_at_stake(logits: Tensor, closed: Tensor, target: Tensor | None = None) -> Tensor:
@@ -21,3 +40,46 @@ def nats_at_stake(logits: Tensor, closed: Tensor, target: Tensor | None = None) 
     if target is not None:
         return (own - without).gather(1, target[:, None])[:, 0]
     return (own.exp() * (own - without)).sum(dim=1)
+
+
+def location_price(seen: Observation) -> Tensor:
+    """What a nat costs at each position of the site, (B, 1, h, w), 1 on average over an image.
+
+    exp(-3 e), where e is the evidence of the layers that are read behind the site: Grad-CAM without its ReLU (the
+    gradient's spatial mean times the features, Selvaraju et al. 2017, arXiv 1610.02391) at each of them, brought to
+    zero mean and unit standard deviation, and so their sum. Where nothing is read behind the site, that of the site.
+
+    Args:
+        seen: a clean pass with gradients.
+    """
+    pairs = list(zip(seen.deep, seen.deep_gradients, strict=False))
+    if not pairs and seen.gradient is not None:
+        pairs = [(seen.features, seen.gradient)]
+    grid = (seen.features.shape[2], seen.features.shape[3])
+    evidence = torch.zeros((len(seen.features), 1, *grid), device=seen.features.device)
+    for features, gradient in pairs:
+        weights = gradient.float().mean(dim=(2, 3), keepdim=True)
+        evidence = evidence + resize(_standardised((weights * features.float()).sum(dim=1, keepdim=True)), grid)
+    price = torch.exp(-CONTRAST * _standardised(evidence))
+    return price / price.mean(dim=(2, 3), keepdim=True)
+
+
+def rate(bits: Tensor, price: Tensor, channels: int) -> Tensor:
+    """Root of the priced nats a feature element, a mean over 4 x 4 blocks of the image: (B,).
+
+    Args:
+        bits: that pass at each position, summed over channels, (B, 1, h, w).
+        price: of each position, broadcastable to bits.
+        channels: C.
+    """
+    nats = bits * price * (math.log(2) / channels)
+    blocks = F.adaptive_avg_pool2d(nats, (min(BLOCKS, nats.shape[2]), min(BLOCKS, nats.shape[3])))
+    return (blocks.clamp_min(0) + 1e-6).sqrt().mean(dim=(1, 2, 3))
+
+
+def _standardised(values: Tensor) -> Tensor:
+    """Zero mean and unit standard deviation in each image; a constant becomes zero, up to rounding."""
+    centred = values - values.mean(dim=(2, 3), keepdim=True)
+    scale = centred.square().mean(dim=(2, 3), keepdim=True).sqrt()
+    rounding = 1e-5 * values.abs().amax(dim=(2, 3), keepdim=True)
+    return centred / torch.maximum(scale, rounding).clamp_min(1e-20)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ib_explain.bottleneck.information import MOST_ATTENTION
 from ib_explain.bottleneck.module import Restriction
 from ib_explain.layouts import Layout
-from ib_explain.objective import PRICE, nats_at_stake
+from ib_explain.objective import PRICE, location_price, nats_at_stake, rate
 from ib_explain.observation import Observation
 
 __all__ = ["PerImageSettings", "optimise"]
@@ -32,7 +32,7 @@ class PerImageSettings:
     Attributes:
         steps: Adam steps.
         lr: learning rate on the logit of A.
-        beta: weight of the mean nats per feature element against the loss of the target in nats; None for `PRICE`
+        beta: weight of the rate (`ib_explain.objective.rate`) against the loss of the target in nats; None for `PRICE`
             times what is at stake in each image.
         copies: noise samples a step; they come in antithetic pairs.
         seed: of the noise.
@@ -52,11 +52,11 @@ def optimise(
     settings: PerImageSettings,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Minimise -ln p(target | restricted grid) + beta * mean nats over the attention of each image, by Adam.
+    """Minimise -ln p(target | restricted grid) + beta * rate over the attention of each image, by Adam.
 
     Args:
         restriction: gate and statistics of the site.
-        seen: a clean pass over the images.
+        seen: a clean pass over the images; with gradients, they price the places, without, all places cost the same.
         layout: of the site.
         settings: see there.
         start: attention to start from, (B, 1, h, w); by default .73 everywhere.
@@ -72,7 +72,7 @@ def optimise(
     logit = first.detach().float().clone().requires_grad_()
     optimiser = torch.optim.Adam([logit], lr=settings.lr)
     generator = torch.Generator(features.device).manual_seed(settings.seed)
-    element = math.log(2) / features[0].numel()
+    price = location_price(seen)
     beta = _beta(restriction, seen, layout, settings, generator)  # (B,)
     kept, averaged = torch.zeros(shape, device=features.device), max(1, settings.steps // 4)
     with torch.enable_grad():
@@ -85,8 +85,8 @@ def optimise(
                 attention = logit.sigmoid()
                 restricted = restriction.apply_to(seen, layout, attention, noise if copy % 2 == 0 else -noise)
                 loss = F.cross_entropy(seen.tail(restricted).float(), seen.target, reduction="sum")
-                bits = restriction.bits(seen, attention).sum(dim=(1, 2, 3))
-                loss = loss + (beta * element * bits).sum()
+                bits = restriction.bits(seen, attention)
+                loss = loss + (beta * rate(bits, price, features.shape[1])).sum()
                 total = total + torch.autograd.grad(loss, logit)[0]
             logit.grad = total / settings.copies
             optimiser.step()

@@ -12,6 +12,7 @@ from captum.metrics import infidelity, sensitivity_max
 
 import ib_explain as ibx
 from ib_explain.ib import IBAttention
+from ib_explain.objective import location_price, rate
 from ib_explain.per_image import PerImageSettings
 from tests.models import CLASSES, images, tiny
 
@@ -64,7 +65,7 @@ class TestMaps:
         ib, host = cnn
         x = images(2, seed=9)
         with ibx_frozen(host):
-            seen, place = ib._observe(host, x, None, (), read=True)
+            seen, place = ib._observe(host, x, None, (), read=True, gradient=True)
             grid = ib.bottleneck.restriction.bits(seen, ib.bottleneck.attend(seen).value)
         torch.testing.assert_close(ib.information(x), grid.sum(dim=(1, 2, 3)).detach(), rtol=1e-4, atol=1e-3)
 
@@ -103,9 +104,10 @@ class TestMaps:
             with ib.restrict(attention) as restricted, torch.no_grad():
                 kept = torch.nn.functional.cross_entropy(restricted(x), target)
             with ibx_frozen(host), torch.no_grad():
-                seen, _ = ib._observe(host, x, None, (), read=False)
-                bits = ib.bottleneck.restriction.bits(seen, attention).sum(dim=(1, 2, 3)).mean()
-            return float(kept + beta * bits * np.log(2) / seen.features[0].numel())
+                seen, _ = ib._observe(host, x, None, (), read=True, gradient=True)
+                bits = ib.bottleneck.restriction.bits(seen, attention)
+                cost = rate(bits, location_price(seen), seen.features.shape[1]).mean()
+            return float(kept + beta * cost)
 
         assert loss(20) < loss(0)
 
@@ -150,7 +152,7 @@ def grid_attention(ib, host, x, refine):
     from ib_explain.per_image import optimise
 
     with ibx_frozen(host), torch.no_grad():
-        seen, place = ib._observe(host, x, None, (), read=True)
+        seen, place = ib._observe(host, x, None, (), read=True, gradient=True)
         start = ib.bottleneck.attend(seen).value
         settings = PerImageSettings(steps=refine, seed=ib.seed, beta=ib.record["final_beta"])
         return optimise(ib.bottleneck.restriction, seen, place.site.layout, settings, start)

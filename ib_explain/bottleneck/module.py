@@ -77,6 +77,10 @@ class Normaliser(nn.Module):
         self.register_buffer("std", moments.std)
         self.register_buffer("count", torch.tensor(moments.count))
 
+    @property
+    def moments(self) -> Moments:
+        return Moments(self.get_buffer("mean"), self.get_buffer("std"), int(self.get_buffer("count")))
+
     def forward(self, features: Tensor) -> Tensor:
         return (features.float() - self.get_buffer("mean")) / self.get_buffer("std")
 
@@ -125,16 +129,21 @@ class Bottleneck(nn.Module):
         self.anchors = Anchors(anchors) if anchors else None
         self.register_buffer("phases", torch.ones(period, period))
 
+    def teacher(self) -> Bottleneck:
+        """A bottleneck on the same statistics whose attention reads the gradient, with fresh weights."""
+        moments = [m.moments for m in self.deep if isinstance(m, Normaliser)]
+        return Bottleneck(self.restriction, moments, gradient=True, classes=None)
+
     def phases_of(self, bits: Tensor) -> Tensor:
-        """Mean bits of a batch (B, 1, h, w) at each phase of the period, divided by their mean: (period, period)."""
+        """Mean bits of a batch (B, 1, h, w) at each phase of the period: (period, period)."""
         period = self.get_buffer("phases").shape[0]
         mean = bits.detach().mean(dim=(0, 1))
         phases = torch.stack([mean[i::period, j::period].mean() for i in range(period) for j in range(period)])
-        return (phases / phases.mean().clamp_min(1e-12)).view(period, period)
+        return phases.view(period, period)
 
     def follow_phases(self, phases: Tensor, weight: float) -> None:
-        """Move the stored phases towards those of a batch."""
-        self.get_buffer("phases").lerp_(phases, weight)
+        """Move the stored phases, whose mean is 1, towards those of a batch."""
+        self.get_buffer("phases").lerp_(phases / phases.mean().clamp_min(1e-12), weight)
 
     def even(self, bits: Tensor) -> Tensor:
         """Divide the host's stride pattern out of bits (B, 1, h, w); each image's sum stays.
