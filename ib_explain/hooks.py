@@ -360,7 +360,9 @@ class Tail:
                 restore.enter_context(_forward(module, _skip(module.forward, outputs, arrived)))
             logits = run_host(self.model, self.x, self.args)
             if not arrived[0]:
-                raise RuntimeError(f"layer {self.name!r} did not run in the forward pass")
+                raise RuntimeError(
+                    f"layer {self.name!r} did not run in the forward pass; name a layer that the model calls"
+                )
             return logits
 
 

@@ -368,16 +368,31 @@ def _choose(readers: list[_Reader], input_size: tuple[int, int, int]) -> Layout 
     readings = [reading for reader in grids for reading in _plain_readings(reader, input_size)]
     if _verified(readings) is None:
         readings += [reading for reader in grids for reading in _scrambled_readings(reader, input_size)]
-    shapes = "; ".join(str(("B", *reader.shape)) for reader in readers) or "no float tensor that follows the image"
     if not readings:
-        return f"no axes of its output fit the input's aspect: {shapes}"
+        return _refusal(readers, None, input_size)
     layout = _verified(readings) or _by_shape(readings, input_size)
     if layout is None:
-        best = max(r.score for r in readings)
-        return (
-            f"no reading of its output as a grid follows the input's positions (best correlation {best:.2f}): {shapes}"
-        )
+        best = max(readings, key=lambda r: (math.prod(r.layout.grid) >= FEWEST_POSITIONS, r.score))
+        return _refusal(readers, best, input_size)
     return replace(layout, others=tuple(r.path for r in readers if r.path != layout.path and r.batch_axis == 0))
+
+
+def _refusal(readers: list[_Reader], best: _Reading | None, input_size: tuple[int, int, int]) -> str:
+    """What a grid must be, and what there is."""
+    shapes = "; ".join(str(("B", *reader.shape)) for reader in readers)
+    if not shapes:
+        return "expected a float tensor that follows the image, and its output holds none"
+    if best is None:
+        size = f"the {input_size[1]} x {input_size[2]} input"
+        return (
+            f"expected at least 2 x 2 positions in the aspect of {size}, or {FEWEST_POSITIONS} beside other tokens, "
+            f"got {shapes}"
+        )
+    h, w = best.layout.grid
+    return (
+        f"expected at least {FEWEST_POSITIONS} positions that follow the input's with a correlation of {VERIFIED}, "
+        f"got {best.score:.2f} at best, for {h} x {w} positions of {shapes}"
+    )
 
 
 def _verified(readings: list[_Reading]) -> Layout | None:

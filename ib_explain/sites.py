@@ -111,9 +111,9 @@ def default_layer(model: nn.Module, input_size: tuple[int, int, int] | None = No
         The dotted name of the layer.
 
     Raises:
-        ValueError: if no layer qualifies, with the best that was seen.
+        ValueError: if no layer qualifies, with the best that was seen; an `input_size` that is no (3, H, W).
     """
-    return resolve_site(model, None, input_size or input_size_of(model)).name
+    return resolve_site(model, None, _size(model, input_size)).name
 
 
 def sites(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> list[Site]:
@@ -123,7 +123,7 @@ def sites(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> l
         model: the host.
         input_size: (3, H, W); by default what the host's own data config says, else (3, 224, 224).
     """
-    size = input_size or input_size_of(model)
+    size = _size(model, input_size)
     host = unwrap(model)
     names = candidate_layers(host, size)
     result = []
@@ -141,7 +141,7 @@ def candidate_layers(model: nn.Module, input_size: tuple[int, int, int] | None =
     several tensors, of which only a measurement tells. Of layers that return the same tensor (a stage and its last
     block) the one highest in the module tree stands for all.
     """
-    return [c.name for c in _survey(unwrap(model), input_size or input_size_of(model), ()).candidates]
+    return [c.name for c in _survey(unwrap(model), _size(model, input_size), ()).candidates]
 
 
 def resolve_site(
@@ -208,6 +208,15 @@ def input_size_of(model: nn.Module) -> tuple[int, int, int]:
     config = getattr(host, "pretrained_cfg", None) or getattr(host, "default_cfg", None) or {}
     size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
     return (int(size[0]), int(size[1]), int(size[2])) if size else (3, 224, 224)
+
+
+def _size(model: nn.Module, given: Any) -> tuple[int, int, int]:
+    if given is None:
+        return input_size_of(model)
+    size = tuple(given) if isinstance(given, tuple | list) else ()
+    if len(size) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
+        raise ValueError(f"input_size must be (channels, height, width), such as (3, 224, 224), got {given!r}")
+    return size[0], size[1], size[2]
 
 
 @dataclass(frozen=True)
@@ -291,8 +300,16 @@ def _best_site(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...
             del scores[name]
         else:
             seen = max(rejected, key=lambda s: -s.leak, default=None)
-            note = f"; the best seen is {seen.name!r}: leak {seen.leak:.2f}, reached {seen.reached:.2f}" if seen else ""
-            raise ValueError(f"no layer of this {type(host).__name__} is a cut with a spatial grid{note}; name a layer")
+            raise ValueError(_no_default(host, size, seen))
+
+
+def _no_default(host: nn.Module, size: tuple[int, int, int], seen: Site | None) -> str:
+    what = f"no layer of this {type(host).__name__} is a cut with a spatial grid for inputs of size {size}"
+    if seen is None:
+        return f"{what}; name a layer, or try larger images"
+    wanted = f"expected leak <= {LEAK_LIMIT}, effect > {EFFECT_LIMIT} and reached > 0"
+    got = f"got {seen.leak:.2f}, {seen.effect:.2f} and {seen.reached:.2f} at {seen.name!r}"
+    return f"{what}; {wanted}, {got}; name a layer"
 
 
 def _same_grid(one: Layout | str, other: Layout | str) -> bool:

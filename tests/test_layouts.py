@@ -258,7 +258,8 @@ class TestAmbiguousShapes:
 class TestRefusal:
     def test_pooled_vector(self) -> None:
         _, answer = found(lambda x: x.mean(dim=(2, 3)), lambda o: o[:, :, None, None])
-        assert answer == "no axes of its output fit the input's aspect: ('B', 8)"
+        rule = "at least 2 x 2 positions in the aspect of the 40 x 60 input, or 9 beside other tokens"
+        assert answer == f"expected {rule}, got ('B', 8)"
 
     def test_gate(self) -> None:
         _, answer = found(lambda x: x.mean(dim=(2, 3), keepdim=True), lambda o: o)
@@ -267,20 +268,31 @@ class TestRefusal:
 
     def test_nothing_with_a_batch(self) -> None:
         _, answer = found(lambda x: x.sum() * torch.ones(2, 3), lambda o: o.sum() * torch.ones(4, CHANNELS, 2, 2))
-        assert answer == "no axes of its output fit the input's aspect: no float tensor that follows the image"
+        assert answer == "expected a float tensor that follows the image, and its output holds none"
 
     def test_a_table_repeated_over_the_batch(self) -> None:
         table = torch.randn(1, 150, CHANNELS)
         _, answer = found(lambda x: table.expand(len(x), -1, -1), lambda o: untokens(o))
-        assert answer == "no axes of its output fit the input's aspect: no float tensor that follows the image"
+        assert answer == "expected a float tensor that follows the image, and its output holds none"
 
     def test_shuffled_tokens(self) -> None:
         """An order that is no arrangement of rows and columns is not taken for a grid."""
         shuffle = torch.randperm(150, generator=torch.Generator().manual_seed(0))
         _, answer = found(lambda x: tokens(x)[:, shuffle], lambda o: untokens(o[:, shuffle.argsort()]))
         assert isinstance(answer, str)
-        assert "follows the input's positions" in answer
-        assert "('B', 150, 8)" in answer
+        rule = "at least 9 positions that follow the input's with a correlation of 0.85"
+        assert answer.startswith(f"expected {rule}, got ")
+        assert answer.endswith(" at best, for 10 x 15 positions of ('B', 150, 8)")
+
+    def test_tokens_of_a_tiny_grid(self) -> None:
+        """Four positions beside a class token: the error names the rule that they break."""
+        _, answer = found(
+            lambda x: torch.cat([summary(x, 1), tokens(x)], dim=1),
+            lambda o: o[:, 1:].transpose(1, 2).unflatten(2, (2, 2)),
+            size=(3, 8, 8),
+        )
+        rule = "at least 2 x 2 positions in the aspect of the 8 x 8 input, or 9 beside other tokens"
+        assert answer == f"expected {rule}, got ('B', 5, 8)"
 
 
 class TestFinestGrid:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -297,14 +298,15 @@ class TestDefaultLayer:
             def forward(self, x: Tensor) -> Tensor:
                 return self.fc(x.flatten(1))
 
-        with pytest.raises(ValueError, match="no layer of this Flat is a cut with a spatial grid; name a layer"):
+        expected = r"no layer of this Flat is a cut with a spatial grid for inputs of size \(3, 32, 48\); name a layer"
+        with pytest.raises(ValueError, match=expected):
             default_layer(make(Flat), SIZE)
 
     def test_rejected_layers_are_named(self) -> None:
         model = make(TinyCNN)
         with torch.no_grad():
             model.fc.weight.zero_()  # nothing reaches the logits
-        with pytest.raises(ValueError, match=r"the best seen is '.*': leak nan, reached 0.00; name a layer"):
+        with pytest.raises(ValueError, match=r"expected leak <= 0.05, .*, got nan, .* and 0.00 at '.*'; name a layer"):
             default_layer(model, SIZE)
 
 
@@ -312,6 +314,12 @@ class TestResolve:
     def test_nearest_name(self) -> None:
         with pytest.raises(ValueError, match="has no layer 'stages.l'; did you mean .*'stages.1'"):
             resolve_site(make(TinyCNN), "stages.l", SIZE)
+
+    @pytest.mark.parametrize("size", [(224, 224), 224, (3, 0, 224), (3, 32.0, 48)])
+    def test_input_size_is_checked(self, size: Any) -> None:
+        for ask in (sites, default_layer, candidate_layers):
+            with pytest.raises(ValueError, match=r"input_size must be \(channels, height, width\), such as .*, got"):
+                ask(make(TinyCNN), size)
 
     def test_no_grid(self) -> None:
         with pytest.raises(ValueError, match=r"layer 'fc' has no spatial grid: .*\('B', 5\)"):
