@@ -1,0 +1,253 @@
+"""How good are the maps? All methods under seven measures on one host: a table, its numbers, figures, and maps.
+
+    python benchmarks/quality.py --host cnn --out FOLDER [--images 500] [--split val] [--seeds 0,1,2] [--methods all]
+    python benchmarks/quality.py --host reference --weights FILE --data FOLDER --out FOLDER [...]
+    python benchmarks/quality.py --host swin --hosts FOLDER --out FOLDER [...]
+
+`reference` is a timm resnet18 with 100 classes at 128 px; its data folder holds train.tar, val.tar and boxes.csv (see
+reference_host.py). The other hosts classify the package's synthetic pictures, with exact masks of the evidence: `cnn`
+is the demo's, the others are read from --hosts (see train_hosts.py).
+
+Bottlenecks are fitted on four fifths of the training images, or on synthetic pictures of their own. `--split train`
+measures on the last fifth, or on pictures kept for choosing between settings, and writes below --out alone; `--split
+val` is for final tables and writes to results/quality/HOST/ as well: table.md, table.json, cost_faithfulness.png,
+maps.png (a map for each of 64 images) and methods.png (the main methods on eight images).
+
+In --out lie the fitted bottlenecks, a run of `ib_explain.benchmark` for each group of methods (all of which go on where
+they were stopped), and report/, the page of all together. After a change of the method delete its fits and runs, named
+ib-*; the others stand. `--methods baselines` needs no fit and makes no table yet: it is the part that can run before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import quality_figures as figures
+import quality_methods as q
+import quality_table as tables
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+import ib_explain as ibx
+from ib_explain.data import BoxImages, Synthetic, demo_host, open_dataset, preprocess, read_boxes
+from ib_explain.hosts import load_host, pick_device
+from ib_explain.io import versions
+from ib_explain.leaderboard import Leaderboard
+from ib_explain.metrics import METRICS, Case
+from ib_explain.sources import Source
+
+RESULTS = Path(__file__).parent / "results" / "quality"
+HOSTS = ("reference", "cnn", "swin", "vit", "mixer")
+SIZE = 128  # pixels a side for the reference host
+FIT_BATCH = 32
+FIT_PICTURES = 4096  # synthetic ones
+SEEDS = {"fit": 31, "train": 32, "val": 33}  # of synthetic pictures; hosts are trained on others
+HELD_OUT = 5  # every fifth training image is not fitted on
+EXAMPLES = 1000  # fitting images for statistics of other methods
+SHEET = 64  # images of maps.png
+FIT_LEFT_OUT = ("history", "versions", "data", "device")  # of a fit's record: long, or told elsewhere
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is fitted on and what is measured on."""
+
+    name: str
+    fit: Dataset[Any]
+    """Items are (image, ...)."""
+    measured: Any
+    """For `benchmark`: with masks or boxes."""
+
+    def examples(self, count: int) -> Tensor:
+        """Images of the fitting part, evenly over its length: (count, 3, H, W), all if there are fewer."""
+        total = len(self.fit)  # type: ignore[arg-type]
+        count = min(count, total)
+        return torch.stack([self.fit[i * total // count][0] for i in range(count)])
+
+
+def main() -> None:
+    options = parse()
+    host, data = reference(options) if options.host == "reference" else synthetic(options)
+    host = host.to(pick_device(), memory_format=torch.channels_last)  # a sixth faster on a CPU, the same to 6 digits
+    estimate(host, data, options)
+    examples = data.examples(EXAMPLES).to(pick_device())
+    layers = q.stage_layers(host)
+    grad_cams = q.grad_cams(layers)
+    boards = [run("grad-cam", host, data, grad_cams, options)]
+    best = tables.best_by_gap(boards[0])
+    layer = grad_cams[best][1]["layer"]
+    baselines = q.baselines(layers, layer, examples)
+    boards.append(run("baselines", host, data, baselines, options))
+    if options.methods == "baselines":
+        return
+
+    fitted = {seed: fit(host, data, seed, options) for seed in options.seeds}
+    groups = {seed: q.ours(ibs, seed) for seed, ibs in fitted.items()}
+    first, *later = groups.values()
+    controls = q.controls(host, fitted[options.seeds[0]]["gradient"], layer, examples)
+    boards.append(run(f"ib-seed{options.seeds[0]}", host, data, first | controls, options))
+    boards += [run(f"ib-seed{seed}", host, data, groups[seed], options) for seed in options.seeds[1:]]
+    if options.methods == "all":
+        boards.append(run("extras", host, data, q.extras(layer, examples, int(examples.shape[-1])), options))
+        rise = {f"rise {options.rise_masks}": ("rise", {"masks": options.rise_masks})}
+        boards.append(run(f"rise-{options.rise_masks}", host, data, rise, options))
+
+    folder = RESULTS / options.host if options.split == "val" else options.out / "table"
+    folder.mkdir(parents=True, exist_ok=True)
+    roles = tables.Roles(
+        best=best,
+        seeds=[next(iter(group)) for group in groups.values()],
+        refined=list(first)[-1],
+        controls=list(controls),
+        others=[name for group in later for name in list(group)[1:]],
+        costly=[f"rise {options.rise_masks}", "iba"],
+        energy="activation_energy",
+    )
+    tables.write(tables.join(boards, best, options.out / "report"), roles, about(host, data, fitted, options), folder)
+    images = torch.cat([batch.x for batch in Source(data.measured, images=min(SHEET, options.images)).batches()])
+    main_methods = [*first, best, *list(baselines)[: -len(q.HOST_FREE)]]
+    figures.sheets(host, images.to(pick_device()), first | grad_cams | baselines, main_methods, folder)
+    print((folder / "table.md").read_text())
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", required=True, choices=HOSTS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--split", choices=["train", "val"], default="train")
+    parser.add_argument("--seeds", type=lambda text: [int(word) for word in text.split(",")], default=[0])
+    parser.add_argument("--steps", type=int, help="of a fit; the package's default if left out")
+    parser.add_argument("--methods", choices=["baselines", "core", "all"], default="core")
+    parser.add_argument("--rise-masks", type=int, default=4000)
+    parser.add_argument("--hosts", type=Path, help="folder of swin, vit and mixer")
+    parser.add_argument("--weights", type=Path, help="of the reference host")
+    parser.add_argument("--data", type=Path, help="of the reference host")
+    options = parser.parse_args()
+    if options.host == "reference" and not (options.weights and options.data):
+        parser.error("the reference host needs --weights FILE and --data FOLDER")
+    if options.host in ("swin", "vit", "mixer") and not options.hosts:
+        parser.error(f"the host {options.host} needs --hosts FOLDER")
+    return options
+
+
+def reference(options: argparse.Namespace) -> tuple[nn.Module, Data]:
+    """The host of reference_host.py and its pictures with boxes."""
+    host = load_host("resnet18", checkpoint=options.weights, num_classes=100, input_size=(SIZE, SIZE))
+    host.pretrained_cfg["input_size"] = (3, SIZE, SIZE)
+    pictures = preprocess(host, size=(SIZE, SIZE), crop_pct=1.0, crop_mode="squash", interpolation="bilinear")
+    train = open_dataset(options.data / "train.tar", transform=pictures)
+    fitted_on = [index for index in range(len(train)) if index % HELD_OUT != HELD_OUT - 1]
+    stored = open_dataset(options.data / f"{options.split}.tar")
+    boxed = BoxImages(stored, read_boxes(options.data / "boxes.csv", split=options.split), pictures)
+    kept = [
+        place for place, index in enumerate(boxed.indices) if options.split == "val" or index % HELD_OUT == HELD_OUT - 1
+    ]
+    loader = DataLoader(Subset(boxed, kept), batch_size=32, collate_fn=BoxImages.collate)
+    name = "validation images" if options.split == "val" else "training images that were not fitted on"
+    return host, Data(name, Subset(train, fitted_on), loader)
+
+
+def synthetic(options: argparse.Namespace) -> tuple[nn.Module, Data]:
+    """One of the hosts of synthetic pictures, and these."""
+    if options.host == "cnn":
+        host = demo_host()
+    else:
+        from train_hosts import load
+
+        host = load(options.host, options.hosts)
+    # Half of the fitting pictures hold two objects: on single ones the host is so sure of its class that the attention
+    # would hardly ever be asked for another.
+    half = range(FIT_PICTURES // 2)
+    drawn = [Synthetic(len(half), seed=SEEDS["fit"], pairs=pairs).batch(half).image for pairs in (False, True)]
+    pictures = TensorDataset(torch.stack(drawn, dim=1).flatten(0, 1))  # in turns, so that a part is like the whole
+    return host, Data("synthetic pictures", pictures, Synthetic(options.images, seed=SEEDS[options.split]))
+
+
+def fit(host: nn.Module, data: Data, seed: int, options: argparse.Namespace) -> dict[str, ibx.IBAttention]:
+    """A bottleneck of each kind with its default settings; read from --out where it is there."""
+    found = {}
+    for reads in ("gradient", "features"):
+        folder = options.out / "fitted" / f"ib-{reads}-seed{seed}-steps{options.steps or '-default'}"
+        if not folder.exists():
+            loader = DataLoader(data.fit, FIT_BATCH, shuffle=True, drop_last=True)
+            ib = ibx.IBAttention(host, reads=reads, seed=seed)
+            ib.fit(loader, steps=options.steps, checkpoint=f"{folder}-run", resume=True).save(folder)
+        found[reads] = ibx.IBAttention.load(folder, host)
+    return found
+
+
+def run(name: str, host: nn.Module, data: Data, methods: dict[str, Any], options: argparse.Namespace) -> Leaderboard:
+    """Measure some methods; goes on where it was stopped."""
+    print(f"{name}: {', '.join(methods)}", file=sys.stderr, flush=True)
+    return ibx.benchmark(
+        host,
+        data.measured,
+        methods=methods,
+        metrics=q.METRICS,
+        images=options.images,
+        out=options.out / name,
+        reference=None,
+        data_name=data.name,
+    )
+
+
+def estimate(host: nn.Module, data: Data, options: argparse.Namespace) -> None:
+    """Say how long the run will take, from one batch of random maps."""
+    batch = Source(data.measured, images=options.images).first.take(range(min(8, options.images)))
+    x = batch.x.to(pick_device())
+    maps = torch.rand(len(x), 1, *x.shape[2:], generator=torch.Generator().manual_seed(0)).to(x)
+    case = Case(host, x, maps, masks=None if batch.masks is None else batch.masks.to(x.device))
+    clock = time.process_time if x.device.type == "cpu" else time.perf_counter  # others' work on the machine aside
+    with torch.no_grad():
+        host(x)
+        started = clock()
+        for _ in range(4):
+            host(x)
+        rate = 4 * len(x) / (clock() - started)
+    started = clock()
+    for name in q.SEVEN:
+        METRICS.get(name)(case)
+    scoring = (clock() - started) / len(x)
+    count = q.COUNTS[options.methods] + (len(options.seeds) - 1) * 3 * (options.methods != "baselines")
+    text = f"{rate:.0f} forward passes a second; the seven measures of a map take {scoring:.3f} s, "
+    text += f"those of {count} methods on {options.images} images {count * options.images * scoring / 3600:.1f} h"
+    if options.methods == "all":
+        text += f", and RISE's maps {options.images * options.rise_masks / rate / 3600:.1f} h"
+    print(text, file=sys.stderr, flush=True)
+
+
+def about(
+    host: nn.Module, data: Data, fitted: dict[int, dict[str, ibx.IBAttention]], options: argparse.Namespace
+) -> dict[str, Any]:
+    """What was run, for table.json."""
+    device = next(host.parameters()).device
+    records = {
+        f"{reads} seed {seed}": {key: value for key, value in (ib.record or {}).items() if key not in FIT_LEFT_OUT}
+        for seed, ibs in fitted.items()
+        for reads, ib in ibs.items()
+    }
+    return {
+        "host": options.host,
+        "command": " ".join(["python benchmarks/quality.py", *(os.path.basename(word) for word in sys.argv[1:])]),
+        "split": options.split,
+        "data": data.name,
+        "images": options.images,
+        "seeds": options.seeds,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "versions": versions(),
+        "fits": records,
+    }
+
+
+if __name__ == "__main__":
+    main()
