@@ -86,7 +86,9 @@ def method_runner(method: Any, options: dict[str, Any]) -> Callable[[Call], Any]
         entry = METHODS.get(method)
         known = [f.name for f in fields(entry)] if is_dataclass(entry) else []
         return entry(**take_options(options, known, f"method {method!r}"))
-    if is_dataclass(method) and not isinstance(method, type):
+    if isinstance(method, type):
+        raise TypeError(f"method must be an object, got the class {method.__name__}; make one of it first")
+    if is_dataclass(method):
         take_options(options, [], f"the given {type(method).__name__}")
         return method  # type: ignore[return-value]
     if hasattr(method, "attribute"):

@@ -27,18 +27,27 @@ def did_you_mean(name: str, known: Iterable[str], *, limit: int = 12) -> str:
     return f"{hint} known: {shown}" if hint else f"; known: {shown}"
 
 
-def check_images(x: Any, *, channels: int | None = None, device: torch.device | None = None, name: str = "x") -> Tensor:
+def check_images(
+    x: Any,
+    *,
+    channels: int | None = None,
+    size: tuple[int, int, int] | None = None,
+    device: torch.device | None = None,
+    name: str = "x",
+) -> Tensor:
     """Check a batch of normalised float images and return it unchanged.
 
     Args:
         x: expected (B, C, H, W), floating point, finite, B >= 1.
         channels: expected C, if known.
+        size: expected (C, H, W), if it must be that of other images.
         device: where the host's parameters live; the images must be there too.
         name: what the error calls the argument.
 
     Raises:
         TypeError: not a tensor, or not floating point.
-        ValueError: wrong number of axes, empty, NaN or infinite, wrong C, other device, made under inference_mode.
+        ValueError: wrong number of axes, empty, NaN or infinite, wrong C or size, other device, made under
+            inference_mode.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape (B, C, H, W), got {type(x).__name__}")
@@ -51,6 +60,8 @@ def check_images(x: Any, *, channels: int | None = None, device: torch.device | 
         raise ValueError(f"{name} must hold at least one image, got shape {tuple(x.shape)}")
     if channels is not None and x.shape[1] != channels:
         raise ValueError(f"{name} must have {channels} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
+    if size is not None and tuple(x.shape[1:]) != size:
+        raise ValueError(f"{name} must hold images of size {size}, got {tuple(x.shape[1:])}")
     if device is not None and x.device != device:
         raise ValueError(f"{name} is on {x.device} but the model is on {device}; move it with {name}.to('{device}')")
     if x.is_inference():

@@ -61,7 +61,9 @@ def host_device(model: nn.Module) -> torch.device:
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
-    """Return the submodule called `name`, or raise a ValueError with the nearest names."""
+    """Return the submodule called `name`, or raise a ValueError with the nearest names; TypeError for no name."""
+    if not isinstance(name, str):
+        raise TypeError(f"layer must be a dotted name, a module of the model or None, got {type(name).__name__}")
     inside = name
     while inside.startswith(WRAPPERS):  # the name of a layer of the wrapped model
         inside = inside.partition(".")[2]

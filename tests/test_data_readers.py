@@ -323,7 +323,7 @@ def test_images_of():
         ((torch.rand(2, 3, 4, 4), torch.tensor([1])), ValueError, r"must be 2 integers, one an image, got \(1,\)"),
         ((torch.rand(2, 3, 4, 4), [1, 2]), ValueError, "got list"),
         ((torch.rand(2, 3, 4, 4), torch.tensor([1, -1])), ValueError, ">= 0 or all missing, got 1 negative of 2"),
-        (torch.rand(3, 4, 4), ValueError, r"batch must have shape \(B, C, H, W\)"),
+        (torch.rand(3, 4, 4), ValueError, r"images must have shape \(B, C, H, W\), got \(3, 4, 4\)"),
     ],
 )
 def test_images_of_refuses(batch, error, message):

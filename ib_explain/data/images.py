@@ -164,11 +164,11 @@ def images_of(batch: Any) -> tuple[Tensor, Tensor | None]:
         ValueError: images of another shape, labels of another shape or type, or some but not all of them negative.
     """
     if isinstance(batch, Tensor):
-        return check_images(batch, name="batch"), None
+        return check_images(batch, name="images"), None
     if not isinstance(batch, tuple | list) or not batch:
         keys = f" with keys {', '.join(map(repr, batch))}" if isinstance(batch, dict) else ""
         raise TypeError(f"a batch must be images or (images, labels), got {type(batch).__name__}{keys}")
-    images = check_images(batch[0], name="the batch's images")
+    images = check_images(batch[0], name="images")
     if len(batch) == 1 or batch[1] is None:
         return images, None
     labels = batch[1]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ib_explain.checks import check_positive_int
+from ib_explain.checks import check_images, check_positive_int
 from ib_explain.hooks import run_host
 from ib_explain.maps import resize
 from ib_explain.methods.base import Call, register_method
@@ -138,9 +138,9 @@ class GradientShap:
     def __call__(self, call: Call) -> Tensor:
         call.refuse_layer("gradient_shap")
         check_positive_int(self.samples, "samples")
-        baselines = torch.zeros_like(call.x[:1]) if self.baselines is None else self.baselines.to(call.x)
-        if baselines.ndim != 4 or tuple(baselines.shape[1:]) != call.input_size:
-            raise ValueError(f"baselines must hold images of size {call.input_size}, got {tuple(baselines.shape)}")
+        baselines = torch.zeros_like(call.x[:1])
+        if self.baselines is not None:
+            baselines = check_images(self.baselines, size=call.input_size, name="baselines").to(call.x)
         generator = torch.Generator().manual_seed(call.seed)
         where = torch.rand(self.samples, generator=generator).to(call.x)
         which = torch.randint(len(baselines), (self.samples,), generator=generator).to(call.x.device)

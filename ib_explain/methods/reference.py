@@ -59,9 +59,7 @@ def reference_statistics(call: Call, site: Site, images: Tensor | None, *, per_e
         ValueError: images of another size.
     """
     if images is not None:
-        check_images(images, name="reference")
-        if tuple(images.shape[1:]) != call.input_size:
-            raise ValueError(f"reference must hold images of size {call.input_size}, got {tuple(images.shape[1:])}")
+        check_images(images, size=call.input_size, name="reference")
     # In-place changes of weights or images raise their version, so that nothing stale is used.
     weights = tuple((p.data_ptr(), p._version) for p in call.model.parameters())
     key = (site.name, call.input_size, per_element, weights, None if images is None else images._version)

@@ -1,0 +1,138 @@
+"""The same mistake at every door: the error names what was expected and what came, and the model is untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ib_explain as ibx
+from ib_explain.metrics import insertion
+from tests.models import images, tiny
+from tests.test_hooks import assert_same, mixed, state
+
+HOST = mixed(tiny())  # some modules in training mode, some parameters frozen
+FITTED = ibx.IBAttention(HOST, "stages.1").fit([images(4)], steps=1, show_progress=False)
+
+DOORS: dict[str, Callable[[Any], Any]] = {
+    "ib": lambda x: ibx.attribute(HOST, x, steps=1),
+    "grad_cam": lambda x: ibx.attribute(HOST, x, method="grad_cam"),
+    "saliency": lambda x: ibx.attribute(HOST, x, method="saliency"),
+    "function": lambda x: ibx.attribute(HOST, x, method=lambda _model, x, _target: x[:, 0]),
+    "fitted": lambda x: ibx.attribute(HOST, x, method=FITTED),
+    "fitted.attribute": FITTED.attribute,
+    "fitted.information": FITTED.information,
+    "fit": lambda x: ibx.IBAttention(HOST, "stages.1").fit([x], steps=1, show_progress=False),
+    "benchmark": lambda x: ibx.benchmark(HOST, [x], methods=["edges"], metrics=["insertion"], show_progress=False),
+    "insertion": lambda x: insertion(HOST, x, images(2)[:, 0]),
+}
+
+
+def one_bad(value: float) -> Tensor:
+    x = images(2)
+    x[1, 2, 3, 4] = value
+    return x
+
+
+def inference() -> Tensor:
+    with torch.inference_mode():
+        return images(2)
+
+
+IMAGES: dict[str, tuple[Callable[[], Any], Any, str]] = {
+    "one image": (lambda: images(1)[0], ValueError, r"must have shape \(B, C, H, W\), got \(3, 24, 24\); add a batch"),
+    "integers": (lambda: images(2).byte(), TypeError, "must be normalised floating-point images, got torch.uint8"),
+    "NaN": (lambda: one_bad(torch.nan), ValueError, "must be finite, got 1 NaN or infinite values"),
+    "infinite": (lambda: one_bad(-torch.inf), ValueError, "must be finite, got 1 NaN or infinite values"),
+    "empty": (lambda: images(2)[:0], ValueError, r"must hold at least one image, got shape \(0, 3, 24, 24\)"),
+    # Where the host is asked first, the error is its convolution's own.
+    "channels": (lambda: torch.zeros(2, 4, 24, 24), (ValueError, RuntimeError), "3 channels, (but )?got 4"),
+    "inference mode": (inference, ValueError, r"was made under torch.inference_mode\(\).*; pass .*clone\(\)"),
+    "array": (lambda: images(2).numpy(), TypeError, "got ndarray"),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("mistake", IMAGES)
+def test_images(door: str, mistake: str) -> None:
+    make, error, text = IMAGES[mistake]
+    before = state(HOST)
+    with pytest.raises(error, match=text) as caught:
+        DOORS[door](make())
+    assert "\n" not in str(caught.value)
+    assert_same(before, state(HOST))
+
+
+@pytest.mark.parametrize("door", [door for door in DOORS if door not in ("fit", "benchmark")])
+def test_images_elsewhere_than_the_model(door: str) -> None:
+    """Loaders yield images on the CPU: what fits and measures moves them itself."""
+    with pytest.raises(ValueError, match=r"is on meta but the model is on cpu; move it with \w+\.to\('cpu'\)"):
+        DOORS[door](images(2).to("meta"))
+
+
+@pytest.mark.parametrize("method", ["ib", "grad_cam", "saliency", "rise"])
+def test_a_size_that_the_model_refuses_is_told_in_its_own_words(method: str) -> None:
+    host = mixed(tiny("vit"))
+    before = state(host)
+    with pytest.raises(RuntimeError, match=r"tensor a \(65\) must match the size of tensor b \(37\)"):
+        ibx.attribute(host, images(2, size=32), method=method)
+    with pytest.raises(RuntimeError, match=r"tensor a \(65\)"):
+        ibx.IBAttention(host).fit([images(2, size=32)], steps=1, show_progress=False)
+    assert_same(before, state(host))
+
+
+def test_a_size_that_leaves_no_grid() -> None:
+    for door in ("fitted", "fitted.attribute", "fitted.information", "fit"):
+        with pytest.raises(ValueError, match=r"'stages.1' has no spatial grid: expected at least .*\('B', 12, 1, 1\)"):
+            DOORS[door](images(2, size=4))
+
+
+@pytest.mark.parametrize("method", ["ib", "grad_cam", "eigen_cam", "iba", "activation_energy"])
+@pytest.mark.parametrize(
+    ("layer", "error", "text"),
+    [
+        ("stage.1", ValueError, "TinyCNN has no layer 'stage.1'; did you mean 'stages.1'"),
+        ("", ValueError, "TinyCNN has no layer ''; known: stem, act, stages"),
+        ("fc", ValueError, r"layer 'fc' has no spatial grid: expected at least 2 x 2 positions .*, got \('B', 5\)"),
+        (nn.ReLU(), ValueError, "the given ReLU is not a layer of this TinyCNN"),
+        (1, TypeError, "layer must be a dotted name, a module of the model or None, got int"),
+        (["stages.1"], TypeError, "layer must be a dotted name, a module of the model or None, got list"),
+    ],
+)
+def test_layers(method: str, layer: Any, error: type[Exception], text: str) -> None:
+    before = state(HOST)
+    with pytest.raises(error, match=text):
+        ibx.attribute(HOST, images(2), method=method, layer=layer)
+    assert_same(before, state(HOST))
+
+
+@pytest.mark.parametrize("method", ["ib", "grad_cam", "saliency", "rise", "eigen_cam"])
+def test_a_model_whose_forward_raises(method: str) -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError(f"no weights for {self.conv(x).shape[1]} channels")
+
+    host = mixed(Broken())
+    before = state(host)
+    with pytest.raises(KeyError, match="no weights for 4 channels"):
+        ibx.attribute(host, images(2), method=method)
+    assert_same(before, state(host))
+
+
+@pytest.mark.parametrize("method", ["ib", "iba", "activation_energy"])
+def test_reference_images_of_another_size(method: str) -> None:
+    with pytest.raises(ValueError, match=r"reference must hold images of size \(3, 24, 24\), got \(3, 16, 16\)"):
+        ibx.attribute(HOST, images(2), method=method, reference=images(2, size=16))
+
+
+@pytest.mark.parametrize("method", [ibx.IBAttention, type("Mine", (), {"attribute": None})])
+def test_a_class_is_no_method(method: type) -> None:
+    with pytest.raises(TypeError, match=f"must be an object, got the class {method.__name__}; make one of it first"):
+        ibx.attribute(HOST, images(2), method=method)
