@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded on first use: `import ib_explain` stays light, Captum and matplotlib come when they are needed.
+# Loaded on first use, as the packages open to users: `import ib_explain` stays light, Captum and matplotlib come later.
 _HOMES = {
     "IBAttention": "ib",
     "Leaderboard": "leaderboard",
@@ -42,10 +42,14 @@ _HOMES = {
     "visualize": "visualize",
 }
 
+_PACKAGES = ("data", "methods", "metrics")
+
 __all__ = sorted(_HOMES)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"ib_explain.{name}")
     if name in _HOMES:
         value = getattr(importlib.import_module(f"ib_explain.{_HOMES[name]}"), name)
         globals()[name] = value
@@ -64,4 +68,4 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -59,6 +59,16 @@ def test_the_front_door_is_light():
     assert done.stdout.strip() == "[]"
 
 
+def test_the_packages_open_to_users_come_with_the_front_door():
+    code = (
+        "import ib_explain as ibx; before = set(dir(ibx)); "
+        "print(ibx.metrics.insertion.__name__, len(ibx.methods.METHODS) > 20, ibx.data.Synthetic.__name__, "
+        "{'data', 'methods', 'metrics'} <= before)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["insertion", "True", "Synthetic", "True"]
+
+
 def test_every_public_name_is_there_and_documented():
     assert ibx.__all__ == sorted(ibx.__all__)
     for name in ibx.__all__:
