@@ -5,8 +5,7 @@ found, not tuned: it is a fixed share of what is at stake, the cross-entropy wit
 own. So one default carries over from layer to layer and host to host, whatever their widths, the number of classes and
 the scale of the logits; and a host that tells nothing about the target is not squeezed to nothing.
 
-An attention that reads no gradient learns from one that does (the teacher, thrown away afterwards): in every step the
-teacher's attention passes for one half of the images and its own for the other, and it also follows the teacher's.
+An attention that reads no gradient is fitted with one all the same: it prices the places.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ib_explain.bottleneck.anchors import Anchors
-from ib_explain.bottleneck.module import Attention, Bottleneck
+from ib_explain.bottleneck.module import Bottleneck
 from ib_explain.checks import check_images
 from ib_explain.data.batches import Batches, Share
 from ib_explain.hooks import host_device
@@ -202,11 +201,8 @@ class _Trainer:
     ) -> None:
         self.bottleneck, self.host, self.place = bottleneck, host, place
         self.share, self.settings, self.accelerator = share, settings, accelerator
-        self.teacher = None if bottleneck.gradient else bottleneck.teacher().to(host_device(host))
         anchors = list(bottleneck.anchors.parameters()) if bottleneck.anchors is not None else []
         network = list(bottleneck.network.parameters())
-        if self.teacher is not None:
-            network += self.teacher.network.parameters()
         self.parameters = [*network, *anchors]
         groups = [{"params": network, "lr": settings.lr}]
         if anchors:
@@ -237,7 +233,7 @@ class _Trainer:
                 deeper=self.place.deeper,
                 gradient=True,
             )
-            attention, own = self._attend(seen, noise)
+            attention = bottleneck.attend(seen, noise.normal((1, *self.place.site.grid)))
             restricted = bottleneck.restriction.apply_to(
                 seen, self.place.site.layout, attention.value, noise.normal(seen.features.shape[1:])
             )
@@ -255,30 +251,13 @@ class _Trainer:
         self.scaler.update()
         # Agreement is asked of the top-1's own attention: another class's keeps evidence against the top-1.
         top = seen.logits.argmax(1)
-        asked, agreed = own & (seen.target == top), logits.argmax(1) == top
+        asked, agreed = seen.target == top, logits.argmax(1) == top
         lost = kept - F.cross_entropy(seen.logits.float(), seen.target, reduction="none")
-        means = [lost[own].mean(), passed[own].sum(dim=(1, 2, 3)).mean(), attention.mean[own].mean()]
+        means = [lost.mean(), passed.sum(dim=(1, 2, 3)).mean(), attention.mean.mean()]
         figures = torch.stack([loss, *means, (asked & agreed).sum(), asked.sum()]).detach()
-        self._follow(torch.cat([figures.float(), bottleneck.phases_of(passed[own]).flatten()]))
+        self._follow(figures.float())
         self.step_number += 1
         self.images += len(x) * self.share.world
-
-    def _attend(self, seen: Observation, noise: _BatchNoise) -> tuple[Attention, Tensor]:
-        """The attention that passes, and for which images it is the bottleneck's own, (B,) bool."""
-        drawn = noise.normal((1, *self.place.site.grid))
-        attention = self.bottleneck.attend(seen, drawn)
-        own = torch.ones(len(drawn), dtype=torch.bool, device=drawn.device)
-        if self.teacher is None:
-            return attention, own
-        taught = self.teacher.attend(seen, drawn)
-        own = noise.every_second(self.step_number)
-        if not own.any():  # a last batch of one image
-            own = ~own
-        mine = own[:, None, None, None]
-        mean = attention.mean.float()
-        following = F.binary_cross_entropy(mean, taught.mean.detach().float())
-        value = torch.where(mine, attention.value, taught.value)
-        return Attention(mean, attention.std, value, attention.loss + following), own
 
     @property
     def beta(self) -> float:
@@ -293,9 +272,6 @@ class _Trainer:
         for index, values in self.optimiser.state_dict()["state"].items():
             for name, value in values.items():
                 tensors[f"{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-        if self.teacher is not None:
-            for name, value in self.teacher.network.state_dict().items():
-                tensors[f"teacher.{name}"] = value.cpu().contiguous()
         run = {
             "step": self.step_number,
             "images": self.images,
@@ -311,16 +287,10 @@ class _Trainer:
         run, tensors = state["run"], state["tensors"]
         optimiser = self.optimiser.state_dict()
         optimiser["state"] = {}
-        taught: dict[str, Tensor] = {}
         for name, value in tensors.items():
             index, key = name.split(".", 1)
-            if index == "teacher":
-                taught[key] = value
-                continue
             optimiser["state"].setdefault(int(index), {})[key] = value
         self.optimiser.load_state_dict(optimiser)
-        if self.teacher is not None:
-            self.teacher.network.load_state_dict(taught)
         self.step_number, self.images, self.seconds_before = run["step"], run["images"], run["seconds"]
         self.at_stake = run["at_stake"]
         self.figures, self.history = run["figures"], run["history"]
@@ -366,10 +336,7 @@ class _Trainer:
 
     def _follow(self, values: Tensor) -> None:
         """Update the running figures from this step (the same on every process)."""
-        values = self._mean_over_processes(values)
-        phases = self.bottleneck.get_buffer("phases")
-        self.bottleneck.follow_phases(values[6:].view_as(phases), weight=0.05 if self.figures else 1.0)
-        loss, lost, bits, opened, agreed, asked = values[:6].tolist()
+        loss, lost, bits, opened, agreed, asked = self._mean_over_processes(values).tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss became {loss} at step {self.step_number}; try a smaller lr or fp32")
         now = {"loss": loss, "bits": bits, "attention": opened}
@@ -400,11 +367,6 @@ class _BatchNoise:
         uniform = self._mine(torch.rand(everyone, generator=self.generator, device=self.device))
         drawn = (probabilities.cumsum(dim=1) < uniform).sum(dim=1)
         return drawn.clamp_max(probabilities.shape[1] - 1)
-
-    def every_second(self, step: int) -> Tensor:
-        """Every second image of the global batch, the others in the next step: (B,) bool."""
-        everyone = (torch.arange(self.batch * self.share.world, device=self.device) + step) % 2 == 0
-        return self._mine(everyone)
 
     def _mine(self, values: Tensor) -> Tensor:
         return values[self.share.rank * self.batch : (self.share.rank + 1) * self.batch]

@@ -33,7 +33,7 @@ from ib_explain.fitting import (
 from ib_explain.hooks import HostArgs, find_module, frozen, host_device, module_name, replace_output, unwrap
 from ib_explain.io import FORMAT, data_config, host_facts, read_folder, versions, write_folder
 from ib_explain.layouts import Layout, probe_images
-from ib_explain.maps import resize, spread
+from ib_explain.maps import resize, spread, without_lattice
 from ib_explain.observation import Observation, observe
 from ib_explain.per_image import PerImageSettings, optimise
 from ib_explain.places import Place, find_place
@@ -484,7 +484,6 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             gradient=gradient,
             classes=classes,
             anchors=self.anchors,
-            period=place.period,
         )
         return bottleneck.to(host_device(host))
 
@@ -538,7 +537,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             if output == "attention":
                 return resize(attention, size)
             bits = restriction.bits(seen, attention).clamp_min(0)
-            return spread(self.bottleneck.even(bits) if fitted else bits, size)
+            return spread(without_lattice(bits) if place.strided else bits, size)
 
     def _restriction(
         self, host: nn.Module, place: Place, reference: Tensor | None = None, args: tuple[Any, ...] = ()

@@ -31,10 +31,9 @@ class Place:
         return self.site.input_size
 
     @property
-    def period(self) -> int:
-        """Positions of the site that one position of the deepest layer stands for, per side; 1 to 4."""
-        grids = [layout.grid for _, layout in self.deeper]
-        return min(4, max([1, *(round(self.site.grid[0] / grid[0]) for grid in grids)]))
+    def strided(self) -> bool:
+        """Whether the host goes on to a coarser grid behind the site."""
+        return any(layout.grid[0] < self.site.grid[0] for _, layout in self.deeper)
 
     def at_size(self, model: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...] = ()) -> Place:
         """The same layers for inputs of another size.

@@ -5,6 +5,7 @@ import torch
 
 from ib_explain.bottleneck.anchors import Anchors
 from ib_explain.bottleneck.attention import AttentionNetwork, class_evidence, unit_scale
+from ib_explain.maps import without_lattice
 
 
 def test_anchors_replace_by_the_nearest_value():
@@ -92,30 +93,13 @@ def test_a_zero_gradient_gives_finite_evidence():
     assert torch.equal(unit_scale(zeros), zeros)
 
 
-def bottleneck(period):
-    from ib_explain.bottleneck.module import Bottleneck, Restriction
-    from ib_explain.statistics import Moments
-
-    moments = Moments(torch.zeros(1, 5, 1, 1), torch.ones(1, 5, 1, 1), 1)
-    return Bottleneck(Restriction("gaussian", moments, []), [], gradient=True, classes=None, period=period)
-
-
-def test_a_stride_pattern_is_divided_out_and_the_sum_stays():
-    lattice = torch.tensor([[1.6, 0.6], [0.6, 1.2]])
-    image = torch.rand(3, 1, 4, 3, generator=torch.Generator().manual_seed(0)) + 1
-    smooth = torch.nn.functional.interpolate(image, size=(7, 6), mode="nearest")
-    bits = smooth * lattice.repeat(4, 3)[:7]
-    b = bottleneck(2)
-    b.follow_phases(b.phases_of(bits), 1.0)
-    b.follow_phases(lattice, 1.0)
-    even = b.even(bits)
-    torch.testing.assert_close(even.sum((2, 3)), bits.sum((2, 3)))
-    ratio = even / smooth
-    torch.testing.assert_close(ratio, ratio.mean((2, 3), keepdim=True).expand_as(ratio))
-
-
-def test_phases_are_the_mean_pattern_of_a_batch():
-    lattice = torch.tensor([[2.0, 0.5], [1.0, 0.5]])
-    b = bottleneck(2)
-    torch.testing.assert_close(b.phases_of(lattice.repeat(3, 4).expand(2, 1, 6, 8)), lattice)
-    assert torch.equal(bottleneck(1).even(torch.ones(1, 1, 3, 3)), torch.ones(1, 1, 3, 3))
+def test_a_lattice_is_taken_out_and_the_sum_stays():
+    signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(5, 6)[:9]
+    rows, columns = torch.meshgrid(torch.arange(9.0), torch.arange(12.0), indexing="ij")
+    smooth = 5 + 0.3 * rows + 0.02 * columns**2
+    dotted = torch.stack([smooth + lattice for lattice in (signs, (-1) ** rows, (-1) ** columns)])[:, None]
+    even = without_lattice(dotted)
+    torch.testing.assert_close(even.sum((2, 3)), dotted.sum((2, 3)))
+    inner = even / even[..., 4:5, 6:7] / (smooth / smooth[4, 6])
+    torch.testing.assert_close(inner[..., 2:-2, 2:-2], torch.ones(3, 1, 5, 8), rtol=1e-4, atol=1e-4)
+    assert torch.equal(without_lattice(torch.zeros(1, 1, 3, 3)), torch.zeros(1, 1, 3, 3))

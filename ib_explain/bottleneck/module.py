@@ -77,10 +77,6 @@ class Normaliser(nn.Module):
         self.register_buffer("std", moments.std)
         self.register_buffer("count", torch.tensor(moments.count))
 
-    @property
-    def moments(self) -> Moments:
-        return Moments(self.get_buffer("mean"), self.get_buffer("std"), int(self.get_buffer("count")))
-
     def forward(self, features: Tensor) -> Tensor:
         return (features.float() - self.get_buffer("mean")) / self.get_buffer("std")
 
@@ -102,7 +98,6 @@ class Bottleneck(nn.Module):
         gradient: whether the attention reads the target's gradient.
         classes: one row for each class (K, D), from which the class query is made; None with `gradient`.
         anchors: number of anchor values, 0 for none.
-        period: grid positions between two that the host treats alike behind the site; 1 where it has no strides there.
     """
 
     def __init__(
@@ -113,7 +108,6 @@ class Bottleneck(nn.Module):
         gradient: bool,
         classes: Tensor | None,
         anchors: int = 0,
-        period: int = 1,
     ) -> None:
         super().__init__()
         self.restriction = restriction
@@ -127,37 +121,6 @@ class Bottleneck(nn.Module):
             rows = classes.detach().float()
             self.register_buffer("classes", (rows - rows.mean(dim=0)) / rows.std().clamp_min(1e-12))
         self.anchors = Anchors(anchors) if anchors else None
-        self.register_buffer("phases", torch.ones(period, period))
-
-    def teacher(self) -> Bottleneck:
-        """A bottleneck on the same statistics whose attention reads the gradient, with fresh weights."""
-        moments = [m.moments for m in self.deep if isinstance(m, Normaliser)]
-        return Bottleneck(self.restriction, moments, gradient=True, classes=None)
-
-    def phases_of(self, bits: Tensor) -> Tensor:
-        """Mean bits of a batch (B, 1, h, w) at each phase of the period: (period, period)."""
-        period = self.get_buffer("phases").shape[0]
-        mean = bits.detach().mean(dim=(0, 1))
-        phases = torch.stack([mean[i::period, j::period].mean() for i in range(period) for j in range(period)])
-        return phases.view(period, period)
-
-    def follow_phases(self, phases: Tensor, weight: float) -> None:
-        """Move the stored phases, whose mean is 1, towards those of a batch."""
-        self.get_buffer("phases").lerp_(phases / phases.mean().clamp_min(1e-12), weight)
-
-    def even(self, bits: Tensor) -> Tensor:
-        """Divide the host's stride pattern out of bits (B, 1, h, w); each image's sum stays.
-
-        A stride-2 shortcut behind the site reads every second position only, so bits form a lattice there that says
-        nothing of the image. Its mean pattern is a fact of the host, followed while fitting.
-        """
-        phases = self.get_buffer("phases")
-        if phases.numel() == 1:
-            return bits
-        h, w = bits.shape[-2:]
-        tiled = phases.repeat(-(-h // len(phases)), -(-w // len(phases)))[:h, :w].clamp_min(0.05)
-        flat = bits / tiled
-        return flat * (bits.sum(dim=(2, 3), keepdim=True) / flat.sum(dim=(2, 3), keepdim=True).clamp_min(1e-30))
 
     def attend(self, seen: Observation, noise: Tensor | None = None) -> Attention:
         """Attention for the observed images and their targets.
@@ -196,7 +159,6 @@ def empty_bottleneck(tensors: dict[str, Tensor], *, gate: str, deeper: int, grad
     sides = sum(name.startswith("restriction.side_") for name in tensors)
     restriction = Restriction(gate, site, [tensors[f"restriction.side_{index}"] for index in range(sides)])
     classes = None if gradient else tensors["classes"]
-    period = len(tensors["phases"])
-    bottleneck = Bottleneck(restriction, deep, gradient=gradient, classes=classes, anchors=anchors, period=period)
+    bottleneck = Bottleneck(restriction, deep, gradient=gradient, classes=classes, anchors=anchors)
     bottleneck.load_state_dict(tensors)
     return bottleneck
