@@ -1,4 +1,4 @@
-"""Twelve timm architectures, made small, that cover the layouts there are; and every registered name on no memory."""
+"""Twelve timm architectures, made small, that cover the layouts; names and shapes of every other one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ib_explain import attribute
+from ib_explain.hooks import find_module
 from ib_explain.ib import IBAttention
 from ib_explain.layouts import probe_images
-from ib_explain.sites import input_size_of, resolve_site
+from ib_explain.sites import candidate_layers, input_size_of, resolve_site
 from tests.test_hooks import assert_same, mixed, state
 
 
@@ -119,12 +120,40 @@ def test_default_layer_map_and_closed_attention(name: str) -> None:
     assert_same(before, state(model))
 
 
+WITHOUT_CLASSIFIER = {
+    "deepseek_vit_412m_enc": (169, 5120),
+    "gemma4_vit_167m_enc": (256, 768),
+    "gemma4_vit_570m_enc": (256, 1152),
+    "mobilenetv5_300m_enc": (2048, 16, 16),
+    "qwen3_vit_88m_enc": (576, 1024),
+    "qwen3_vit_306m_enc": (576, 2048),
+    "qwen3_vit_416m_enc": (576, 5120),
+}
+"""Eyes of language models: their forward returns features, whatever `num_classes` says; no image classifiers."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("module", timm.list_modules())
-def test_every_registered_name_builds_and_tells_its_input_size(module: str) -> None:
-    """Names only, on the meta device: a model for ten classes, and an input of three channels and at least 32 px."""
+def test_names_and_shapes_of_every_registered_model(module: str) -> None:
+    """On the meta device, without weights: input size, logits for ten classes, layers where a bottleneck could sit."""
     for name in timm.list_models(module=module):
         with torch.device("meta"):
             model = timm.create_model(name, num_classes=10)
         channels, height, width = input_size_of(model)
         assert channels == 3 and min(height, width) >= 32, name
+        shapes: list[tuple[int, ...]] = []
+        model.register_forward_hook(lambda _m, _x, output, shapes=shapes: shapes.append(tuple(output.shape)))
+        if name in WITHOUT_CLASSIFIER:
+            with pytest.raises(ValueError, match=r"model must map \(B, 3, H, W\) to logits \(B, K\)"):
+                candidate_layers(model)
+            assert shapes == [(2, *WITHOUT_CLASSIFIER[name])], name
+            continue
+        candidates = candidate_layers(model)
+        assert shapes == [(2, 10)], name
+        assert candidates and len(set(candidates)) == len(candidates), name
+        assert all(find_module(model, candidate) is not model for candidate in candidates), name
+
+
+@pytest.mark.slow
+def test_what_is_no_classifier_is_still_registered() -> None:
+    assert set(timm.list_models()) >= WITHOUT_CLASSIFIER.keys()
