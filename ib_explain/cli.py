@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "layers",
         help="where a bottleneck can sit in a model, and how well each layer cuts",
         description="Probe the layers of a model: how the output is laid out, its grid, channels, depth (share of the "
-        "model that has run), leak (share of the response that flows around the grid; 0 %% is a perfect cut) and "
+        "model that has run), leak (share of the response that flows around the grid; 0 % is a perfect cut) and "
         "effect (share that the grid alone carries).",
         epilog="examples:\n  ib-explain layers vit_small_patch16_224\n"
         "  ib-explain layers resnet18 --input-size 128 --out sites.csv\n",
@@ -113,8 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     attribute = commands.add_parser(
         "attribute",
         help="maps of images: a picture and the raw numbers of each",
-        description="Draw where the evidence for a class is. With --bottleneck about one forward pass an image; "
-        "without it, the attention is optimised for each image. The same command continues an interrupted run.",
+        description="Draw where the evidence for a class is. With --bottleneck about one forward and one backward pass "
+        "an image; without it, the attention is optimised for each image. The same command continues an interrupted run.",
         epilog="examples:\n"
         "  ib-explain attribute resnet50 --pretrained cat.jpg holiday/ --out maps\n"
         "  ib-explain attribute resnet50 --pretrained --bottleneck resnet50-ib --refine 10 cat.jpg --target 281\n"
