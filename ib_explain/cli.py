@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "attribute",
         help="maps of images: a picture and the raw numbers of each",
         description="Draw where the evidence for a class is. With --bottleneck about one forward and one backward pass "
-        "an image; without it, the attention is optimised for each image. The same command continues an interrupted run.",
+        "an image; without it, the attention is optimised for each. The same command continues an interrupted run.",
         epilog="examples:\n"
         "  ib-explain attribute resnet50 --pretrained cat.jpg holiday/ --out maps\n"
         "  ib-explain attribute resnet50 --pretrained --bottleneck resnet50-ib --refine 10 cat.jpg --target 281\n"
