@@ -250,8 +250,8 @@ def _log_axis(axes: Axes, x: np.ndarray) -> None:
     best: list[float] = []
     for candidates in (powers, np.outer(powers, (1, 2, 5)).ravel(), MaxNLocator(5).tick_values(low, high)):
         ticks = [0.0] if free else []
-        for value in candidates[(candidates >= low) & (candidates <= high)].tolist():
-            if not ticks or _across(axes, value) - _across(axes, ticks[-1]) >= TICK_GAP:
+        for value in map(float, np.ravel(candidates)):
+            if low <= value <= high and (not ticks or _across(axes, value) - _across(axes, ticks[-1]) >= TICK_GAP):
                 ticks.append(value)
         best = max(best, ticks, key=len)
         if len(best) > 2:
