@@ -338,8 +338,9 @@ def test_bad_densities():
 
 def test_bad_fixations():
     maps, fixations, _ = random_case()
-    with pytest.raises(ValueError, match="fixations must hold one tensor for each of the 5 maps, got 4"):
-        nss(maps, fixations[:4])
+    for score in (nss, auc, auc_judd, information_gain):
+        with pytest.raises(ValueError, match="fixations must hold one tensor for each of the 5 maps, got 4"):
+            score(maps, fixations[:4])
     with pytest.raises(ValueError, match="other must hold one tensor for each of the 5 maps, got 1"):
         auc_shuffled(maps, fixations, fixations[:1])
     outside = [*fixations[:4], torch.tensor([[17.0, 2.0]])]

@@ -191,8 +191,7 @@ def auc_judd(maps: Tensor, fixations: Sequence[Tensor]) -> Tensor:
     where no fixated value occurs twice. NaN also where every pixel is fixated.
     """
     values = flat_values(maps)
-    index, valid = fixation_pixels(fixations, _size(maps))
-    index, valid = index.to(values.device), valid.to(values.device)
+    index, valid = _pixels(values, maps, fixations)
     index = index.masked_fill(~valid, values.shape[1]).sort(dim=1).values  # padding last
     fresh = torch.ones_like(valid)
     fresh[:, 1:] = index[:, 1:] != index[:, :-1]
@@ -256,10 +255,18 @@ def _at_fixations(
     values: Tensor, maps: Tensor, fixations: Sequence[Tensor], name: str = "fixations"
 ) -> tuple[Tensor, Tensor]:
     """Values (B, N) at each fixation's pixel, (B, n), and which of them are no padding, (B, n) bool."""
+    index, valid = _pixels(values, maps, fixations, name)
+    return values.gather(1, index), valid
+
+
+def _pixels(
+    values: Tensor, maps: Tensor, fixations: Sequence[Tensor], name: str = "fixations"
+) -> tuple[Tensor, Tensor]:
+    """Index of each fixation's pixel among the N of a row of `values`, (B, n), and which are no padding, (B, n)."""
     if len(fixations) != len(values):
         raise ValueError(f"{name} must hold one tensor for each of the {len(values)} maps, got {len(fixations)}")
     index, valid = fixation_pixels(fixations, _size(maps))
-    return values.gather(1, index.to(values.device)), valid.to(values.device)
+    return index.to(values.device), valid.to(values.device)
 
 
 def _wins(at: Tensor, negatives: Tensor, count: Tensor) -> Tensor:
