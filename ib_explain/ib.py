@@ -35,7 +35,7 @@ from ib_explain.io import FORMAT, data_config, host_facts, read_folder, versions
 from ib_explain.layouts import Layout, probe_images
 from ib_explain.maps import resize, spread, without_lattice
 from ib_explain.observation import Observation, observe
-from ib_explain.per_image import PerImageSettings, optimise
+from ib_explain.per_image import REFINING_LR, PerImageSettings, optimise
 from ib_explain.places import Place, find_place
 from ib_explain.sites import Site, input_size_of
 from ib_explain.targets import Target, class_rows
@@ -273,7 +273,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             raise ValueError(f"refine must be an integer >= 0, got {refine!r}")
         settings = PerImageSettings(seed=self.seed)
         if self.fitted:
-            settings = dataclasses.replace(settings, steps=int(refine), beta=(self.record or {}).get("final_beta"))
+            beta = (self.record or {}).get("final_beta")
+            settings = dataclasses.replace(settings, steps=int(refine), lr=REFINING_LR, beta=beta)
         args = HostArgs.of(additional_forward_args, len(x))
         maps = self._maps(x, target, args, settings, output, fitted=self.fitted)
         return (maps,) if echo else maps

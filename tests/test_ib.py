@@ -13,7 +13,7 @@ from captum.metrics import infidelity, sensitivity_max
 import ib_explain as ibx
 from ib_explain.ib import IBAttention
 from ib_explain.objective import location_price, rate
-from ib_explain.per_image import PerImageSettings
+from ib_explain.per_image import REFINING_LR, PerImageSettings
 from tests.models import CLASSES, images, tiny
 
 KINDS = ["cnn", "vit", "nhwc"]
@@ -154,7 +154,7 @@ def grid_attention(ib, host, x, refine):
     with ibx_frozen(host), torch.no_grad():
         seen, place = ib._observe(host, x, None, (), read=True, gradient=True)
         start = ib.bottleneck.attend(seen).value
-        settings = PerImageSettings(steps=refine, seed=ib.seed, beta=ib.record["final_beta"])
+        settings = PerImageSettings(steps=refine, lr=REFINING_LR, seed=ib.seed, beta=ib.record["final_beta"])
         return optimise(ib.bottleneck.restriction, seen, place.site.layout, settings, start)
 
 
