@@ -15,7 +15,8 @@ maps.png (a map for each of 64 images) and methods.png (the main methods on eigh
 
 In --out lie the fitted bottlenecks, a run of `ib_explain.benchmark` for each group of methods (all of which go on where
 they were stopped), and report/, the page of all together. After a change of the method delete its fits and runs, named
-ib-*; the others stand. `--methods baselines` needs no fit and makes no table yet: it is the part that can run before.
+ib-*; the others stand. A run with --bf16 needs an --out of its own: its fits and rows look like any others. `--methods
+baselines` needs no fit and makes no table yet: it is the part that can run before.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Data:
 def main() -> None:
     options = parse()
     host, data = reference(options) if options.host == "reference" else synthetic(options)
-    host = host.to(pick_device(), memory_format=torch.channels_last)  # a sixth faster on a CPU, the same to 6 digits
+    # A sixth faster on a CPU, the same logits to 6 digits.
+    host = host.to(pick_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
     if options.bf16:
         in_bf16(host)
     estimate(host, data, options)
@@ -97,6 +99,7 @@ def main() -> None:
     boards.append(run(f"ib-seed{options.seeds[0]}", host, data, first | controls, options))
     boards += [run(f"ib-seed{seed}", host, data, groups[seed], options) for seed in options.seeds[1:]]
     if options.methods == "all":
+        host.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # DeepLIFT refuses the other one
         boards.append(run("extras", host, data, q.extras(layer, examples, int(examples.shape[-1])), options))
         rise = {f"rise {options.rise_masks}": ("rise", {"masks": options.rise_masks})}
         boards.append(run(f"rise-{options.rise_masks}", host, data, rise, options))

@@ -46,15 +46,15 @@ def sheets(host: nn.Module, x: Tensor, methods: dict[str, Any], main: Sequence[s
     with torch.no_grad():
         target = torch.cat([host(part) for part in x.split(32)]).argmax(dim=1)
     first = contenders[main[0]].explain(host, x, target, batch_size=32)
-    contact_sheet(x, first, folder / "maps.png", model=host, columns=8, thumbnail=56)
+    contact_sheet(x, first, folder / "maps.png", model=host, columns=8, thumbnail=64)
     save(folder / "maps.png", Image.open(folder / "maps.png"))
 
     few = slice(None, None, max(1, len(x) // 8))
     x, target = x[few][:8], target[few][:8]
-    maps = {name: contenders[name].explain(host, x, target) for name in main}
+    maps = {name.split(" seed")[0]: contenders[name].explain(host, x, target) for name in main}
     buffer = io.BytesIO()
     # Maps of one unit share a scale; here each method has its own.
-    visualize(x, maps, model=host, unit={name: name for name in main}).savefig(buffer, format="png", dpi=72)
+    visualize(x, maps, model=host, unit={name: name for name in maps}).savefig(buffer, format="png", dpi=72)
     save(folder / "methods.png", Image.open(buffer))
 
 
@@ -77,6 +77,7 @@ def _panel(axes: Axes, summary: Summary, quality: MetricFacts, cost: MetricFacts
     x, y = (np.array([cells[m, metric.name].mean for m in names]) for metric in (cost, quality))
     front = pareto_front(x, y, higher_is_better=quality.higher_is_better)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"{cost.unit} (log scale)")
     axes.set_ylabel(f"{quality.name.replace('_', ' ')}, {quality.unit}")
     axes.grid(color=LIGHT.rule, linewidth=0.6)
@@ -84,7 +85,7 @@ def _panel(axes: Axes, summary: Summary, quality: MetricFacts, cost: MetricFacts
     axes.spines[["top", "right"]].set_visible(False)
     ends = sorted(zip(x[front], y[front], strict=True))
     axes.step(*zip(*ends, strict=True), where="post", color=LIGHT.muted, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    colours = [OURS if name.startswith("ib") else CAMS if "cam" in name else OTHERS for name in names]
+    colours = [OURS if name.startswith(("ib ", "ib_")) else CAMS if "cam" in name else OTHERS for name in names]
     for name, at, colour, leads in zip(names, x, colours, front, strict=True):
         cell = cells[name, quality.name]
         axes.plot([at, at], [cell.low, cell.high], color=colour, linewidth=1.2, zorder=2)

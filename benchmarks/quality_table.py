@@ -116,11 +116,12 @@ def write(board: Leaderboard, roles: Roles, about: dict[str, Any], folder: Path)
     text = [
         f"# Quality on the host `{about['host']}`",
         f"`{about['command']}`",
-        f"Means over {shown.images} images ({about['data']}) ± half of the 95 % bootstrap interval. ▲ better, ▼ worse "
-        f"than `{roles.best}` by a paired 95 % interval that leaves 0 out; that layer is the best for Grad-CAM, chosen "
-        "on these very images. Ranks are means over the seven measures (not the difference ins. − del.), among all "
-        f"methods that have a rank, and among those of up to {CHEAP:g} passes. Passes: forward plus backward, counted "
-        "by their arithmetic. Controls made from `ib`, and its further seeds, have no rank here.",
+        f"Means over {shown.images} images ({about['data']}; {about['precision']}) ± half of the 95 % bootstrap "
+        f"interval. ▲ better, ▼ worse than `{roles.best}` by a paired 95 % interval that leaves 0 out; that layer is "
+        "the best for Grad-CAM, chosen on these very images. Ranks are means over the seven measures (not the "
+        "difference ins. − del.), among all methods that have a rank, and among those of up to "
+        f"{CHEAP:g} passes. Passes: forward plus backward, counted by their arithmetic. Controls made from `ib`, and "
+        "its further seeds, have no rank here.",
         _main_table(shown, everyone, one_pass, order),
     ]
     notes = Notes(shown).texts
