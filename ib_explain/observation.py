@@ -32,7 +32,7 @@ class Observation:
         output: what the site's layer returned.
         features: the site's grid, (B, C, h, w).
         deep: grids of the deeper layers, each (B, C', h', w').
-        gradient: of the target's log-odds at the site, (B, C, h, w), or None.
+        gradient: of the target's score at the site, (B, C, h, w), or None.
         deep_gradients: the same at the deeper layers; empty without gradient.
         tail: runs the part of the host behind the site on these images.
     """
@@ -55,6 +55,7 @@ def observe(
     *,
     deeper: Sequence[tuple[str, Layout]] = (),
     gradient: bool = False,
+    score: Callable[[Tensor, Tensor], Tensor] | None = None,
     args: tuple[Any, ...] = (),
 ) -> Observation:
     """Run the frozen host once on `x` and collect what the attention reads.
@@ -65,7 +66,8 @@ def observe(
         x: images (B, 3, H, W).
         target: as in `resolve_target`, or a function of the logits that returns the classes (B,).
         deeper: further layers to read, with their layouts.
-        gradient: also read the gradient of the target's log-odds.
+        gradient: also read the gradient of the score.
+        score: of logits (B, K) and classes (B,), (B,); None for `log_odds`.
         args: further arguments of the host's forward.
     """
     layouts = {site.name: site.layout, **dict(deeper)}
@@ -91,7 +93,8 @@ def observe(
         classes = target(logits.detach()) if callable(target) else resolve_target(target, logits.detach())
         gradients: list[Tensor] = []
         if gradient and leaf is not None:
-            gradients = _gradients(logits, classes, [leaf, *(kept[name] for name, _ in deeper)])
+            inputs = [leaf, *(kept[name] for name, _ in deeper)]
+            gradients = _gradients(logits, classes, score or log_odds, inputs)
     tail = recorder.tail(x, args) if isinstance(recorder, TailRecorder) else Tail(host, site.name, None, x, args)
     return Observation(
         logits=logits.detach(),
@@ -116,11 +119,13 @@ def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
     return own - others.logsumexp(dim=1) if logits.shape[1] > 1 else own
 
 
-def _gradients(logits: Tensor, classes: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+def _gradients(
+    logits: Tensor, classes: Tensor, score: Callable[[Tensor, Tensor], Tensor], inputs: list[Tensor]
+) -> list[Tensor]:
     if not logits.requires_grad:  # nothing behind the site reads the grid
         return [torch.zeros_like(i) for i in inputs]
     with torch.enable_grad():
-        score = log_odds(logits, classes).sum()
+        total = score(logits.float(), classes).sum()
     reachable = [i for i in inputs if i.requires_grad]
-    found = iter(torch.autograd.grad(score, reachable, allow_unused=True))
+    found = iter(torch.autograd.grad(total, reachable, allow_unused=True))
     return [torch.zeros_like(i) if not i.requires_grad or (g := next(found)) is None else g for i in inputs]

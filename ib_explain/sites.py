@@ -7,6 +7,7 @@ structure of the computation (a tensor through which every path from input to lo
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import weakref
 from collections import Counter
@@ -203,11 +204,16 @@ def deeper_sites(model: nn.Module, site: Site, args: tuple[Any, ...] = ()) -> li
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
-    """(3, H, W) from the host's own data config (timm), else (3, 224, 224)."""
+    """(C, H, W) from the host's own data config (timm), else (3, 224, 224)."""
     host = unwrap(model)
     config = getattr(host, "pretrained_cfg", None) or getattr(host, "default_cfg", None) or {}
-    size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
-    return (int(size[0]), int(size[1]), int(size[2])) if size else (3, 224, 224)
+    read = config.get if isinstance(config, dict) else functools.partial(getattr, config)
+    size = read("input_size", None) or (3, 224, 224)
+    # timm's config keeps three channels when a model is made with in_chans=1; its first convolution knows better.
+    first = read("first_conv", None)
+    stem = dict(host.named_modules()).get(first) if isinstance(first, str) else None
+    channels = stem.in_channels if isinstance(stem, nn.Conv2d) and stem.groups == 1 else size[0]
+    return int(channels), int(size[1]), int(size[2])
 
 
 def _size(model: nn.Module, given: Any) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ib_explain.hooks import capture, frozen, host_device, map_tensors, run_host, unwrap
 from ib_explain.layouts import leaves, probe_images
 from ib_explain.methods.base import Call, NotApplicable
+from ib_explain.observation import observe
 from ib_explain.sites import Site, candidate_layers, input_size_of, resolve_site
 from ib_explain.targets import resolve_target, target_scores
 
@@ -105,7 +106,7 @@ def glance(call: Call) -> Glance:
     """Run the host once, and backward from the target's logit down to the site, no further.
 
     What lies before the site runs without autograd: one forward pass, and a backward pass through the part behind the
-    site only. In-place operations of the host act on a copy.
+    site only.
 
     Raises:
         ValueError: the user named a layer whose grid the logits do not read.
@@ -116,22 +117,9 @@ def glance(call: Call) -> Glance:
             f"the logits' gradient does not reach the grid of layer {site.name!r}; name an earlier layer, such as "
             f"{cam_layer(call.model, call.input_size)!r}"
         )
-    leaf = torch.empty(0)
-
-    def at(_name: str, output: Any) -> Any:
-        nonlocal leaf
-        kept = map_tensors(output, Tensor.detach)
-        torch.set_grad_enabled(True)  # until the end of the pass: the no_grad around it puts the old state back
-        leaf = site.layout.to_grid(kept).clone().requires_grad_()
-        return site.layout.with_grid(kept, leaf.clone())
-
-    with torch.no_grad(), capture(call.model, [site.name], at=at):
-        logits = run_host(call.model, call.x)
-        classes = resolve_target(call.target, logits)
-        with torch.enable_grad():
-            score = target_scores(logits.float(), classes).sum()
-        (gradient,) = torch.autograd.grad(score, leaf)
-    return Glance(leaf.detach().float(), gradient.float(), classes)
+    seen = observe(call.model, site, call.x, call.target, gradient=True, score=target_scores)
+    assert seen.gradient is not None
+    return Glance(seen.features.float(), seen.gradient.float(), seen.target)
 
 
 def grid_features(call: Call, site: Site) -> Tensor:
