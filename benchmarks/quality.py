@@ -177,7 +177,7 @@ def synthetic(options: argparse.Namespace) -> tuple[nn.Module, Data]:
     if options.host == "cnn":
         host = demo_host()
     else:
-        from train_hosts import load
+        from small_hosts import load
 
         host = load(options.host, options.hosts)
     # Half of the fitting pictures hold two objects: on single ones the host is so sure of its class that the attention
