@@ -397,6 +397,8 @@ class TestBadInput:
             cnn[0].attribute(images(2), refine=-1)
         with pytest.raises(TypeError, match=r"no option 'step'; did you mean 'steps'"):
             ibx.attribute(host, images(2), step=3)
+        with pytest.raises(ValueError, match="steps must be"):
+            ibx.attribute(host, images(2), steps=0)
         with pytest.raises(ValueError, match="unknown method 'gradcam'; did you mean 'grad_cam'"):
             ibx.attribute(host, images(2), method="gradcam")
         with pytest.raises(ValueError, match="anchors must be 0"):

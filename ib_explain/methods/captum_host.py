@@ -19,7 +19,7 @@ __all__ = ["Structure", "for_captum", "inspect"]
 
 # Autograd nodes that only rearrange values.
 SHAPE = {"View", "UnsafeView", "ReshapeAlias", "Alias", "Clone", "Permute", "Transpose", "T", "Squeeze", "Unsqueeze"}
-SHAPE |= {"Select", "Slice", "ToCopy", "Expand"}
+SHAPE |= {"Select", "Slice", "ToCopy", "Expand", "AsStrided"}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ib_explain.checks import check_images
+from ib_explain.checks import check_images, check_positive_int
 from ib_explain.ib import IBAttention
 from ib_explain.methods.base import Call, register_method
 from ib_explain.per_image import PerImageSettings
@@ -37,6 +37,10 @@ class PerImageIB:
     gate: str = "gaussian"
     reference: Tensor | None = None
     output: str = "bits"
+
+    def __post_init__(self) -> None:
+        check_positive_int(self.steps, "steps")
+        check_positive_int(self.copies, "copies")
 
     def __call__(self, call: Call) -> Tensor:
         if self.reference is not None:
