@@ -209,10 +209,12 @@ def input_size_of(model: nn.Module) -> tuple[int, int, int]:
     config = getattr(host, "pretrained_cfg", None) or getattr(host, "default_cfg", None) or {}
     read = config.get if isinstance(config, dict) else functools.partial(getattr, config)
     size = read("input_size", None) or (3, 224, 224)
-    # timm's config keeps three channels when a model is made with in_chans=1; its first convolution knows better.
+    # timm keeps three channels in it when a model is made with in_chans=1. The first convolution knows better, unless
+    # pixels were folded into channels before it (48 of them in TResNet).
     first = read("first_conv", None)
     stem = dict(host.named_modules()).get(first) if isinstance(first, str) else None
-    channels = stem.in_channels if isinstance(stem, nn.Conv2d) and stem.groups == 1 else size[0]
+    plain = isinstance(stem, nn.Conv2d) and stem.groups == 1 and stem.in_channels % size[0] != 0
+    channels = stem.in_channels if isinstance(stem, nn.Conv2d) and plain else size[0]
     return int(channels), int(size[1]), int(size[2])
 
 

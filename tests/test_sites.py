@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -400,3 +401,10 @@ def test_input_size_from_the_hosts_own_config() -> None:
     assert input_size_of(model) == (3, 224, 224)
     model.pretrained_cfg = {"input_size": (3, 96, 64)}
     assert input_size_of(nn.DataParallel(model)) == (3, 96, 64)
+
+
+@pytest.mark.parametrize(("name", "options", "channels"), [("resnet10t", {"in_chans": 1}, 1), ("tresnet_m", {}, 3)])
+def test_the_number_of_channels_is_that_of_the_images(name, options, channels):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=2, **options)
+    assert input_size_of(model)[0] == channels
