@@ -31,6 +31,7 @@ from ib_explain import fitting, objective
 from ib_explain.files import replace_file
 from ib_explain.io import versions
 from ib_explain.metrics import METRICS, Case
+from ib_explain.observation import Observation
 from ib_explain.sources import Source
 
 OUT = quality.RESULTS / "objective_study.json"
@@ -41,6 +42,12 @@ def linear(bits: Tensor, price: Tensor, channels: int) -> Tensor:
     return (bits * price).mean(dim=(1, 2, 3)) * (math.log(2) / channels)
 
 
+def unscaled(seen: Observation) -> Tensor:
+    """The places' prices with a geometric mean of 1 in place of the arithmetic one: cheap places are not quite free."""
+    price = objective.location_price(seen)
+    return price / price.log().mean(dim=(2, 3), keepdim=True).exp()
+
+
 @dataclass(frozen=True)
 class Variant:
     """What differs from the package's own objective."""
@@ -48,6 +55,7 @@ class Variant:
     price: float = objective.PRICE
     contrast: float = objective.CONTRAST
     rate: Callable[[Tensor, Tensor, int], Tensor] = objective.rate
+    prices: Callable[[Observation], Tensor] = objective.location_price
     reads: str = "gradient"
     layer: str | None = None
     images: int | None = None
@@ -67,6 +75,10 @@ VARIANTS = {
     "contrast 4": Variant(contrast=4.0),
     "price 0.5": Variant(price=0.5),
     "price 2": Variant(price=2.0),
+    "price 4": Variant(price=4.0),
+    "contrast 2 and price 2": Variant(contrast=2.0, price=2.0),
+    "geometric mean of prices": Variant(prices=unscaled),
+    "geometric mean of prices and contrast 1.5": Variant(prices=unscaled, contrast=1.5),
     "features": Variant(reads="features"),
     "1000 images": Variant(images=1000),
     "one stage earlier": Variant(layer="layer1"),
@@ -124,6 +136,7 @@ def changed(variant: Variant) -> Iterator[None]:
     with (
         mock.patch.object(fitting, "PRICE", variant.price),
         mock.patch.object(fitting, "rate", variant.rate),
+        mock.patch.object(fitting, "location_price", variant.prices),
         mock.patch.object(objective, "CONTRAST", variant.contrast),
     ):
         yield

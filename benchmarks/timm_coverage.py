@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from ib_explain.attribution import attribute
 from ib_explain.ib import IBAttention
-from ib_explain.layouts import probe_images
 from ib_explain.sites import Site, candidate_layers, resolve_site
+from ib_explain.stripes import probe_images
 
 RESULTS = Path(__file__).parent / "results"
 TABLE = RESULTS / "timm_coverage.csv"

@@ -32,12 +32,13 @@ from ib_explain.fitting import (
 )
 from ib_explain.hooks import HostArgs, find_module, frozen, host_device, module_name, replace_output, unwrap
 from ib_explain.io import FORMAT, data_config, host_facts, read_folder, versions, write_folder
-from ib_explain.layouts import Layout, probe_images
+from ib_explain.layouts import Layout
 from ib_explain.maps import resize, spread, without_lattice
 from ib_explain.observation import Observation, observe
 from ib_explain.per_image import REFINING_LR, PerImageSettings, optimise
 from ib_explain.places import Place, find_place
 from ib_explain.sites import Site, input_size_of
+from ib_explain.stripes import probe_images
 from ib_explain.targets import Target, class_rows
 
 __all__ = ["IBAttention"]

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from ib_explain.io import layout_from_json
-from ib_explain.layouts import Layout, find_layouts
+from ib_explain.layouts import Layout
 from ib_explain.sites import Site, deeper_sites, resolve_site
+from ib_explain.stripes import find_layouts
 
 __all__ = ["Place", "find_place"]
 

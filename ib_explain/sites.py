@@ -1,37 +1,25 @@
 """Sites: layers that were probed. What may carry a bottleneck, how well it cuts, and which one is the default.
 
 A site must be a cut: when its grid carries nothing, the logits must not depend on the image. Candidates come from the
-structure of the computation (a tensor through which every path from input to logits leads), each is then measured.
+structure of the computation (`ib_explain.survey`: a tensor through which every path from input to logits leads), each
+is then measured (`ib_explain.cuts`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import weakref
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ib_explain.hooks import (
-    Tail,
-    TailRecorder,
-    capture,
-    find_module,
-    frozen,
-    host_device,
-    map_tensors,
-    module_name,
-    run_host,
-    unwrap,
-)
-from ib_explain.layouts import Layout, find_layouts, finest_grid, leaves, probe_images
-from ib_explain.statistics import RunningMoments
+from ib_explain.cuts import CleanPass
+from ib_explain.hooks import find_module, module_name, unwrap
+from ib_explain.layouts import Layout
+from ib_explain.stripes import find_layouts
+from ib_explain.survey import Candidate, Survey, survey
 
 __all__ = ["Site", "candidate_layers", "default_layer", "deeper_sites", "input_size_of", "resolve_site", "sites"]
 
@@ -40,7 +28,6 @@ LEAK_LIMIT = 0.05
 EFFECT_LIMIT = 0.01
 SHAPE_ONLY = 0.5  # what a layout counts that no probe confirmed
 ALIKE = 0.9  # of the best score: within it the layer with the shorter name is the default
-PROBE_BATCH = 3
 GROUP = 8  # layers that share a probe; their outputs are in memory together
 
 
@@ -227,28 +214,11 @@ def _size(model: nn.Module, given: Any) -> tuple[int, int, int]:
     return size[0], size[1], size[2]
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    name: str
-    depth: float
-    cut: bool  # every path from the input to the logits leads through its one tensor
-    fineness: float  # of the finest grid that its shapes allow
-
-
-@dataclass(frozen=True)
-class _Survey:
-    """What one pass tells about all layers: how often each ran, when it was done, which are worth a probe."""
-
-    runs: Counter[str]
-    depths: dict[str, float]
-    candidates: list[_Candidate]
-
-
 @dataclass
 class _Known:
     """What was found out about a host for inputs of one size."""
 
-    survey: _Survey | None = None
+    survey: Survey | None = None
     layouts: dict[str, Layout | str] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict)
     default: str | None = None
@@ -259,6 +229,13 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int, int], _Known]]
 
 def _known(host: nn.Module, size: tuple[int, int, int]) -> _Known:
     return _KNOWN.setdefault(host, {}).setdefault(size, _Known())
+
+
+def _survey(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -> Survey:
+    known = _known(host, size)
+    if known.survey is None:
+        known.survey = survey(host, size, args)
+    return known.survey
 
 
 def _layouts(
@@ -275,6 +252,11 @@ def _fineness(grid: tuple[int, int]) -> float:
     return min(1.0, math.sqrt(grid[0] * grid[1]) / FINE_ENOUGH)
 
 
+def _hope(candidate: Candidate) -> float:
+    """The score that its shapes and its depth allow at best."""
+    return _fineness(candidate.grid) * candidate.depth
+
+
 def _promise(layout: Layout, depth: float) -> float:
     """The score of a perfect cut with this layout."""
     return _fineness(layout.grid) * depth * (1.0 if layout.verified == "probe" else SHAPE_ONLY)
@@ -285,12 +267,12 @@ def _best_site(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...
 
     Candidates are taken in the order of what they could score at best, until no later one can win.
     """
-    waiting = sorted(_survey(host, size, args).candidates, key=lambda c: -c.fineness * c.depth)
+    waiting = sorted(_survey(host, size, args).candidates, key=lambda c: -_hope(c))
     scores: dict[str, float] = {}
     rejected: list[Site] = []
     while True:
         best = max(scores.values(), default=0.0)
-        if waiting and waiting[0].fineness * waiting[0].depth > ALIKE * best:
+        if waiting and _hope(waiting[0]) > ALIKE * best:
             # What lies behind the best bet is likely to be read later: its layouts cost nothing in the same probe.
             behind = [c for c in waiting[GROUP:] if c.depth > waiting[0].depth]
             group = waiting[:GROUP] + behind
@@ -325,7 +307,7 @@ def _same_grid(one: Layout | str, other: Layout | str) -> bool:
 
 
 def _scores(
-    host: nn.Module, group: list[_Candidate], best: float, size: tuple[int, int, int], args: tuple[Any, ...]
+    host: nn.Module, group: list[Candidate], best: float, size: tuple[int, int, int], args: tuple[Any, ...]
 ) -> dict[str, float]:
     """Scores of the candidates that could still win, with no more passes than that takes.
 
@@ -335,7 +317,7 @@ def _scores(
     layouts = _layouts(host, [c.name for c in group], size, args)
     grids = {c: layout for c in group if isinstance(layout := layouts[c.name], Layout)}
     mixed = [c.name for c, layout in grids.items() if layout.has_side or not c.cut]
-    clean = _CleanPass(host, mixed, size, args) if mixed else None
+    clean = CleanPass(host, mixed, size, args) if mixed else None
     scores: dict[str, float] = {}
     for candidate, layout in grids.items():
         score = _promise(layout, candidate.depth)
@@ -351,189 +333,13 @@ def _scores(
     return scores
 
 
-def _probe_batch(model: nn.Module, count: int, size: tuple[int, int, int]) -> Tensor:
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return probe_images(count, size, seed=0).to(host_device(model), dtype)
-
-
-def _survey(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -> _Survey:
-    """Run the host once and tell for every layer how often it runs, when it is done, and whether it is a cut."""
-    known = _known(host, size)
-    if known.survey is not None:
-        return known.survey
-    calls: list[tuple[str, list[tuple[int, ...]], tuple[Any, ...], int]] = []
-    done = 0
-
-    def note(name: str, module: nn.Module) -> Any:
-        leaf_module = next(module.children(), None) is None
-
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            nonlocal done
-            done += leaf_module
-            tensors = [leaf for _, leaf in leaves(output)]
-            # The nodes are taken now: an in-place operation behind the layer would change the tensor's own.
-            nodes = tuple(tensor.grad_fn for tensor in tensors)
-            calls.append((name, [tuple(t.shape) for t in tensors], nodes, done))
-
-        return module.register_forward_hook(hook)
-
-    handles: list[Any] = []
-    with frozen(host), torch.enable_grad():
-        x = _probe_batch(host, 2, size).requires_grad_()
-        try:
-            for name, module in host.named_modules():
-                if name:
-                    handles.append(note(name, module))
-            logits = run_host(host, x, args)
-        finally:
-            for handle in handles:
-                handle.remove()
-        cuts = _dominators(logits.grad_fn)
-    runs = Counter(name for name, *_ in calls)
-    depths = {name: position / max(done, 1) for name, _, _, position in calls}
-    found: dict[tuple[Any, ...], _Candidate] = {}
-    for name, shapes, nodes, _ in calls:
-        grids = [grid for shape in shapes if (grid := finest_grid(shape, 2, size))]
-        cut = len(nodes) == 1 and nodes[0] in cuts
-        several = len(nodes) > 1 and any(nodes)  # one without a node is a table: it does not depend on the image
-        if runs[name] > 1 or not grids or not (cut or several):
-            continue
-        if nodes not in found or name.count(".") < found[nodes].name.count("."):
-            found[nodes] = _Candidate(name, depths[name], cut, max(map(_fineness, grids)))
-    known.survey = _Survey(runs, depths, sorted(found.values(), key=lambda c: c.depth))
-    return known.survey
-
-
-def _dominators(output: Any) -> set[Any]:
-    """Nodes of the autograd graph that every path from the input to the logits passes.
-
-    Parameters are frozen, so the graph holds only what depends on the image. A node lies on every path exactly if,
-    when nodes are visited in topological order, no edge jumps over it.
-    """
-    if output is None:
-        return set()
-    order: list[Any] = []
-    seen: set[Any] = set()
-    stack: list[tuple[Any, bool]] = [(output, False)]
-    while stack:
-        node, finished = stack.pop()
-        if finished:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack.extend((parent, False) for parent, _ in _parents(node) if parent not in seen)
-    order.reverse()  # from the logits back to the input
-    place = {node: index for index, node in enumerate(order)}
-    reach, result = 0, set()
-    for index, node in enumerate(order):
-        if reach <= index:  # nothing before this node points behind it
-            result.add(node)
-        reach = max([reach] + [place[parent] for parent, _ in _parents(node)])
-    return result
-
-
-def _parents(node: Any) -> Iterator[tuple[Any, int]]:
-    return ((parent, index) for parent, index in node.next_functions if parent is not None)
-
-
-class _CleanPass:
-    """One undisturbed pass over a few noise images: the outputs of some layers, and what comes of changing them."""
-
-    def __init__(self, host: nn.Module, names: list[str], size: tuple[int, int, int], args: tuple[Any, ...]) -> None:
-        self.host, self.size, self.args = host, size, args
-        with frozen(host), torch.no_grad(), contextlib.ExitStack() as stack:
-            self.x = _probe_batch(host, PROBE_BATCH, size)
-            self.recorders = {name: stack.enter_context(TailRecorder(host, name)) for name in names}
-            with capture(host, names, at=lambda _n, output: _copy(output)) as self.outputs:
-                self.spread = _spread(run_host(host, self.x, args))
-
-    def effect(self, name: str, layout: Layout, tail: Tail | None = None) -> float:
-        """Share of the logits' spread that is left when only the grid differs between images."""
-        if not layout.has_side:
-            return 1.0
-        output = self.outputs[name]
-        alone = layout.with_grid(output, layout.to_grid(output), self._held(name, layout))
-        return self._share(self._run(tail or self._full(name), alone))
-
-    def leak(self, name: str, layout: Layout) -> float:
-        """Share of the logits' spread that is left when the grid is the same for all images and the rest is held."""
-        return self._share(self._run(self._full(name), self._closed(name, layout)))
-
-    def site(self, name: str, layout: Layout, depth: float) -> Site:
-        """Measure leak, effect and gradient of a layer."""
-        closed, short = self._closed(name, layout), self.recorders[name].tail(self.x, self.args)
-        blocked = self._run(self._full(name), closed)
-        skippable = self._agrees(short, closed, blocked)
-        tail = short if skippable else self._full(name)
-        effect, reached = self.effect(name, layout, tail), self._reached(name, layout, tail)
-        return Site(name, layout, self.size, depth, self._share(blocked), effect, reached, skippable)
-
-    def _held(self, name: str, layout: Layout) -> list[Tensor]:
-        """Means over images of what stands beside the grid."""
-        return [side.mean(dim=0, keepdim=True) for side in layout.side_of(self.outputs[name])]
-
-    def _closed(self, name: str, layout: Layout) -> Any:
-        """The layer's output with the same noise in every image's grid."""
-        features = layout.to_grid(self.outputs[name])
-        moments = RunningMoments()
-        moments.update(features)
-        noise = torch.randn(features.shape[1:], generator=torch.Generator().manual_seed(0)).to(features.device)
-        still = moments.result().to(features.device).restore(noise)  # (1, C, h, w)
-        return layout.with_grid(self.outputs[name], still.repeat(len(self.x), 1, 1, 1), self._held(name, layout))
-
-    def _full(self, name: str) -> Tail:
-        return Tail(self.host, name, None, self.x, self.args)
-
-    def _run(self, tail: Tail, output: Any) -> Tensor:
-        with frozen(self.host), torch.no_grad():
-            return tail(output).float()
-
-    def _share(self, logits: Tensor) -> float:
-        return _spread(logits) / self.spread if self.spread > 0 else math.nan
-
-    def _agrees(self, short: Tail, output: Any, expected: Tensor) -> bool:
-        try:
-            got = self._run(short, output)
-        except (RuntimeError, ValueError, TypeError, StopIteration):
-            return False  # the host reads what was skipped: its whole forward has to run each time
-        return torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max().clamp_min(1e-6)))
-
-    def _reached(self, name: str, layout: Layout, tail: Tail) -> float:
-        """Share of the grid's positions that the logits' gradient reaches."""
-        output = self.outputs[name]
-        with frozen(self.host), torch.enable_grad():
-            features = layout.to_grid(output).detach().clone().requires_grad_()
-            logits = tail(layout.with_grid(output, features.clone(), self._held(name, layout))).float()
-            if not logits.requires_grad:
-                return 0.0
-            weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.device)
-            (gradient,) = torch.autograd.grad((logits * weights).sum(), features, allow_unused=True)
-        if gradient is None:
-            return 0.0
-        norms = gradient.float().norm(dim=1)
-        return float((norms > 1e-6 * norms.max().clamp_min(1e-30)).float().mean())
-
-
 def _measure(host: nn.Module, names: list[str], size: tuple[int, int, int], args: tuple[Any, ...]) -> list[Site]:
     """Measure layers whose layouts are known; one clean pass serves all that were not measured before."""
     known = _known(host, size)
     if new := [name for name in names if name not in known.sites]:
-        clean, depths = _CleanPass(host, new, size, args), _survey(host, size, args).depths
+        clean, depths = CleanPass(host, new, size, args), _survey(host, size, args).depths
         for name in new:
             layout = known.layouts[name]
             assert isinstance(layout, Layout)
-            known.sites[name] = clean.site(name, layout, depths[name])
+            known.sites[name] = Site(name, layout, size, depths[name], *clean.figures(name, layout))
     return [known.sites[name] for name in names]
-
-
-def _copy(output: Any) -> Any:
-    """An in-place operation behind the layer writes into what it returned: hand the host a copy of its own."""
-    return map_tensors(output, torch.Tensor.clone)
-
-
-def _spread(logits: Tensor) -> float:
-    """Mean distance between the logits of different images; 0 below rounding."""
-    values = logits.double().cpu()
-    mean = float(torch.pdist(values).mean())
-    return mean if mean > 1e-6 * float(values.norm(dim=1).mean()) else 0.0

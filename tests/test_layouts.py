@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ib_explain.hooks import capture
 from ib_explain.io import layout_from_json
-from ib_explain.layouts import Layout, find_layouts, finest_grid, leaves, probe_images
+from ib_explain.layouts import Layout, leaves
+from ib_explain.readings import finest_grid
+from ib_explain.stripes import find_layouts, probe_images
 
 SIZE = (3, 40, 60)
 GRID = (10, 15)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.ib import IBAttention
-from ib_explain.layouts import Layout, probe_images
+from ib_explain.layouts import Layout
 from ib_explain.sites import candidate_layers, deeper_sites, default_layer, input_size_of, resolve_site, sites
+from ib_explain.stripes import probe_images
 from tests.models import CLASSES, TinyCNN, TinyNHWC, TinyViT
 from tests.test_hooks import assert_same, mixed, state
 

@@ -12,8 +12,8 @@ from torchvision.models import SwinTransformer, VisionTransformer
 
 from ib_explain import attribute
 from ib_explain.ib import IBAttention
-from ib_explain.layouts import probe_images
 from ib_explain.sites import resolve_site
+from ib_explain.stripes import probe_images
 from tests.test_hooks import assert_same, mixed, state
 
 HOSTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], str]] = {

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.hooks import capture, frozen, host_device, map_tensors, run_host, unwrap
-from ib_explain.layouts import leaves, probe_images
+from ib_explain.layouts import leaves
 from ib_explain.methods.base import Call, NotApplicable
 from ib_explain.observation import observe
 from ib_explain.sites import Site, candidate_layers, input_size_of, resolve_site
+from ib_explain.stripes import probe_images
 from ib_explain.targets import resolve_target, target_scores
 
 __all__ = ["Glance", "cam_layer", "cam_site", "glance", "grid_and_classes", "grid_features"]

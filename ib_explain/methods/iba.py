@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ib_explain.checks import check_positive_int
 from ib_explain.hooks import capture, frozen, host_device, run_host, unwrap
-from ib_explain.layouts import Layout, find_layouts, leaves, probe_images
+from ib_explain.layouts import Layout, leaves
 from ib_explain.maps import resize
 from ib_explain.methods.base import Call, NotApplicable, register_method
 from ib_explain.methods.reference import Reference, reference_statistics
 from ib_explain.observation import Observation, observe
 from ib_explain.sites import candidate_layers, input_size_of, resolve_site
+from ib_explain.stripes import find_layouts, probe_images
 from ib_explain.targets import resolve_target
 
 __all__ = ["IBA", "iba_layer"]

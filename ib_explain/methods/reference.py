@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ib_explain.checks import check_images
 from ib_explain.hooks import capture, run_host
-from ib_explain.layouts import probe_images
 from ib_explain.methods.base import ROWS, Call
 from ib_explain.sites import Site
 from ib_explain.statistics import RunningMean, RunningMoments
+from ib_explain.stripes import probe_images
 
 __all__ = ["Reference", "reference_statistics"]
 

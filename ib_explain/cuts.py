@@ -1,0 +1,118 @@
+"""How well a layer cuts, measured: what flows around its grid, what the grid alone carries, what the logits read."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ib_explain.hooks import Tail, TailRecorder, capture, frozen, map_tensors, run_host
+from ib_explain.layouts import Layout
+from ib_explain.statistics import RunningMoments
+from ib_explain.stripes import probe_batch
+
+__all__ = ["CleanPass", "CutFigures"]
+
+PROBE_BATCH = 3
+
+
+class CutFigures(NamedTuple):
+    """See `ib_explain.sites.Site`."""
+
+    leak: float
+    effect: float
+    reached: float
+    skippable: bool
+
+
+class CleanPass:
+    """One undisturbed pass over a few noise images: the outputs of some layers, and what comes of changing them."""
+
+    def __init__(self, host: nn.Module, names: list[str], size: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+        self.host, self.args = host, args
+        with frozen(host), torch.no_grad(), contextlib.ExitStack() as stack:
+            self.x = probe_batch(host, PROBE_BATCH, size)
+            self.recorders = {name: stack.enter_context(TailRecorder(host, name)) for name in names}
+            with capture(host, names, at=lambda _n, output: _copy(output)) as self.outputs:
+                self.spread = _spread(run_host(host, self.x, args))
+
+    def effect(self, name: str, layout: Layout, tail: Tail | None = None) -> float:
+        """Share of the logits' spread that is left when only the grid differs between images."""
+        if not layout.has_side:
+            return 1.0
+        output = self.outputs[name]
+        alone = layout.with_grid(output, layout.to_grid(output), self._held(name, layout))
+        return self._share(self._run(tail or self._full(name), alone))
+
+    def leak(self, name: str, layout: Layout) -> float:
+        """Share of the logits' spread that is left when the grid is the same for all images and the rest is held."""
+        return self._share(self._run(self._full(name), self._closed(name, layout)))
+
+    def figures(self, name: str, layout: Layout) -> CutFigures:
+        """Measure leak, effect and gradient of a layer, and whether what comes before it may be skipped."""
+        closed, short = self._closed(name, layout), self.recorders[name].tail(self.x, self.args)
+        blocked = self._run(self._full(name), closed)
+        skippable = self._agrees(short, closed, blocked)
+        tail = short if skippable else self._full(name)
+        effect, reached = self.effect(name, layout, tail), self._reached(name, layout, tail)
+        return CutFigures(self._share(blocked), effect, reached, skippable)
+
+    def _held(self, name: str, layout: Layout) -> list[Tensor]:
+        """Means over images of what stands beside the grid."""
+        return [side.mean(dim=0, keepdim=True) for side in layout.side_of(self.outputs[name])]
+
+    def _closed(self, name: str, layout: Layout) -> Any:
+        """The layer's output with the same noise in every image's grid."""
+        features = layout.to_grid(self.outputs[name])
+        moments = RunningMoments()
+        moments.update(features)
+        noise = torch.randn(features.shape[1:], generator=torch.Generator().manual_seed(0)).to(features.device)
+        still = moments.result().to(features.device).restore(noise)  # (1, C, h, w)
+        return layout.with_grid(self.outputs[name], still.repeat(len(self.x), 1, 1, 1), self._held(name, layout))
+
+    def _full(self, name: str) -> Tail:
+        return Tail(self.host, name, None, self.x, self.args)
+
+    def _run(self, tail: Tail, output: Any) -> Tensor:
+        with frozen(self.host), torch.no_grad():
+            return tail(output).float()
+
+    def _share(self, logits: Tensor) -> float:
+        return _spread(logits) / self.spread if self.spread > 0 else math.nan
+
+    def _agrees(self, short: Tail, output: Any, expected: Tensor) -> bool:
+        try:
+            got = self._run(short, output)
+        except (RuntimeError, ValueError, TypeError, StopIteration):
+            return False  # the host reads what was skipped: its whole forward has to run each time
+        return torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max().clamp_min(1e-6)))
+
+    def _reached(self, name: str, layout: Layout, tail: Tail) -> float:
+        """Share of the grid's positions that the logits' gradient reaches."""
+        output = self.outputs[name]
+        with frozen(self.host), torch.enable_grad():
+            features = layout.to_grid(output).detach().clone().requires_grad_()
+            logits = tail(layout.with_grid(output, features.clone(), self._held(name, layout))).float()
+            if not logits.requires_grad:
+                return 0.0
+            weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.device)
+            (gradient,) = torch.autograd.grad((logits * weights).sum(), features, allow_unused=True)
+        if gradient is None:
+            return 0.0
+        norms = gradient.float().norm(dim=1)
+        return float((norms > 1e-6 * norms.max().clamp_min(1e-30)).float().mean())
+
+
+def _copy(output: Any) -> Any:
+    """An in-place operation behind the layer writes into what it returned: hand the host a copy of its own."""
+    return map_tensors(output, torch.Tensor.clone)
+
+
+def _spread(logits: Tensor) -> float:
+    """Mean distance between the logits of different images; 0 below rounding."""
+    values = logits.double().cpu()
+    mean = float(torch.pdist(values).mean())
+    return mean if mean > 1e-6 * float(values.norm(dim=1).mean()) else 0.0
