@@ -48,7 +48,7 @@ def test_only_hooks_registers_forward_hooks_on_the_host():
         if "register_forward_hook" in path.read_text() or "register_forward_pre_hook" in path.read_text()
     ]
     # sites surveys all layers, restrict plans a pass, the sanity checks order the layers of a copy
-    allowed = {"hooks.py", "sites.py", "ib.py", "sanity.py"}
+    allowed = {"hooks.py", "survey.py", "ib.py", "sanity.py"}
     assert set(users) <= allowed, users
 
 
