@@ -106,7 +106,8 @@ def estimate_statistics(
     running = [RunningMoments(per_element=per_element), *(RunningMoments() for _ in place.deeper)]
     side = RunningMean()
     classes = 0
-    with Progress(images, "statistics", show=show_progress) as progress:
+    total = images if data.images is None else min(images, data.images)
+    with Progress(total, "statistics", show=show_progress) as progress:
         for x, _labels in data.first(images):
             x = _prepare(x, host)
             seen = observe(host, place.site, x, deeper=place.deeper, args=args)

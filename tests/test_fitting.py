@@ -184,6 +184,15 @@ class TestData:
             parts.append([next(stream)[0].item() for _ in range(4)])
         assert parts == [[0, 2, 0, 2], [1, 3, 1, 3]]  # the odd one out waits for nobody
 
+    def test_the_statistics_count_to_what_the_data_holds(self, capsys):
+        ib = IBAttention(tiny(), "stages.1")
+        ib.fit(DataLoader(TensorDataset(images(6)), 4), steps=1)
+        assert "statistics 6/6  0 s left" in capsys.readouterr().err
+
+    def test_an_epochs_images_are_known_where_the_data_says(self):
+        assert Batches(DataLoader(TensorDataset(images(6)), 4), 0).images == 6
+        assert Batches(batches(), 0).images is None
+
     def test_bf16_fits_and_statistics_stay_in_float32(self):
         ib = fit(batches(), precision="bf16")
         assert weights(ib)["restriction.moments.mean"].dtype == torch.float32

@@ -47,6 +47,12 @@ class Batches:
         self._size: tuple[int, ...] | None = None
         self._kept: list[Any] = []  # what a one-time iterator gave to the statistics, for the training that follows
 
+    @property
+    def images(self) -> int | None:
+        """Images of an epoch, None where the data does not say."""
+        dataset = getattr(self.data, "dataset", None)
+        return len(dataset) if hasattr(dataset, "__len__") else None
+
     def __call__(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield (images, labels) without end, from this process's batch number `skip` on.
 
