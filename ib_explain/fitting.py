@@ -1,9 +1,10 @@
 """Fitting a bottleneck: statistics of the features, then a few hundred steps that train the attention network only.
 
 The loss is the target's cross-entropy behind the bottleneck plus beta times the rate (`ib_explain.objective`). Beta is
-found, not tuned: it is a fixed share of what is at stake, the cross-entropy with nothing let through minus the host's
-own. So one default carries over from layer to layer and host to host, whatever their widths, the number of classes and
-the scale of the logits; and a host that tells nothing about the target is not squeezed to nothing.
+found, not tuned: it is a fixed multiple of what is at stake in each image, the divergence of the host's prediction from
+that with nothing let through. So one default carries over from layer to layer and host to host, whatever their widths,
+the number of classes and the scale of the logits. Images whose class the host sees in average content as well have no
+say in it: nothing that passes could keep what is not lost, and they would teach the attention to close.
 
 An attention that reads no gradient is fitted with one all the same: it prices the places.
 """
@@ -28,7 +29,7 @@ from ib_explain.bottleneck.module import Bottleneck
 from ib_explain.checks import check_images
 from ib_explain.data.batches import Batches, Share
 from ib_explain.hooks import host_device
-from ib_explain.objective import PRICE, location_price, nats_at_stake, rate
+from ib_explain.objective import PRICE, location_price, nats_at_stake, rate, worth_fitting
 from ib_explain.observation import Observation, observe
 from ib_explain.places import Place
 from ib_explain.progress import Progress
@@ -47,7 +48,7 @@ class FitSettings:
 
     Attributes:
         steps: number of optimiser steps.
-        beta: weight of the rate in the loss; None for `PRICE` times what is at stake.
+        beta: weight of the rate in the loss; None for `PRICE` times what is at stake in each image.
         lr: peak learning rate of Adam; one cosine cycle with a short warm-up.
         objective: "prediction" draws targets from the host's own predictive distribution, "label" takes the labels.
         precision: "fp32", "bf16" or "fp16"; statistics, gate and bits are float32 in any case.
@@ -216,7 +217,7 @@ class _Trainer:
         )
         self.peaks = [float(group["lr"]) for group in self.optimiser.param_groups]
         self.step_number, self.images, self.seconds_before = 0, 0, 0.0
-        self.at_stake: float | None = None  # nats about the target that are lost with nothing let through, running mean
+        self.closed: Tensor | None = None  # what the host says with nothing let through: running mean of p, (1, K)
         self.figures: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.started = time.monotonic()
@@ -239,11 +240,14 @@ class _Trainer:
                 seen, self.place.site.layout, attention.value, noise.normal(seen.features.shape[1:])
             )
             logits = seen.tail(restricted).float()
-        self._weigh(seen, noise)
+        closed = self._closed(seen, noise).clamp_min(1e-30).log()  # (1, K)
+        stake = nats_at_stake(seen.logits, closed)  # (B,)
+        beta = PRICE * stake if settings.beta is None else torch.full_like(stake, settings.beta)
         kept = F.cross_entropy(logits, seen.target, reduction="none")  # (B,)
         passed = bottleneck.restriction.bits(seen, attention.value)  # (B, 1, h, w)
         cost = rate(passed, location_price(seen), seen.features.shape[1])  # (B,)
-        loss = (kept + self.beta * cost).mean() + attention.loss
+        worth = worth_fitting(seen.logits, closed, seen.target)  # (B,)
+        loss = (worth * (kept + beta * cost)).mean() + attention.loss
         self._schedule()
         self.optimiser.zero_grad()
         self.scaler.scale(loss).backward()
@@ -254,18 +258,12 @@ class _Trainer:
         top = seen.logits.argmax(1)
         asked, agreed = seen.target == top, logits.argmax(1) == top
         lost = kept - F.cross_entropy(seen.logits.float(), seen.target, reduction="none")
-        means = [lost.mean(), passed.sum(dim=(1, 2, 3)).mean(), attention.mean.mean()]
+        bits = passed.sum(dim=(1, 2, 3)).mean()
+        means = [lost.mean(), bits, attention.mean.mean(), stake.mean(), beta.mean()]
         figures = torch.stack([loss, *means, (asked & agreed).sum(), asked.sum()]).detach()
         self._follow(figures.float())
         self.step_number += 1
         self.images += len(x) * self.share.world
-
-    @property
-    def beta(self) -> float:
-        """Weight of the rate."""
-        if self.settings.beta is not None:
-            return self.settings.beta
-        return PRICE * max(0.0, self.at_stake or 0.0)
 
     def state(self) -> dict[str, Any]:
         """Everything a later run needs to go on: {"tensors": ..., "run": ...}."""
@@ -273,11 +271,12 @@ class _Trainer:
         for index, values in self.optimiser.state_dict()["state"].items():
             for name, value in values.items():
                 tensors[f"{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+        if self.closed is not None:
+            tensors["closed"] = self.closed.cpu()
         run = {
             "step": self.step_number,
             "images": self.images,
             "seconds": self.seconds_before + time.monotonic() - self.started,
-            "at_stake": self.at_stake,
             "figures": self.figures,
             "history": self.history,
             "settings": asdict(self.settings),
@@ -285,7 +284,8 @@ class _Trainer:
         return {"tensors": tensors, "run": run}
 
     def load(self, state: dict[str, Any]) -> None:
-        run, tensors = state["run"], state["tensors"]
+        run, tensors = state["run"], dict(state["tensors"])
+        self.closed = tensors.pop("closed").to(self.parameters[0].device)
         optimiser = self.optimiser.state_dict()
         optimiser["state"] = {}
         for name, value in tensors.items():
@@ -293,7 +293,6 @@ class _Trainer:
             optimiser["state"].setdefault(int(index), {})[key] = value
         self.optimiser.load_state_dict(optimiser)
         self.step_number, self.images, self.seconds_before = run["step"], run["images"], run["seconds"]
-        self.at_stake = run["at_stake"]
         self.figures, self.history = run["figures"], run["history"]
 
     def _targets(self, labels: Tensor | None, noise: _BatchNoise) -> Callable[[Tensor], Tensor] | Tensor:
@@ -319,33 +318,29 @@ class _Trainer:
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def _weigh(self, seen: Observation, noise: _BatchNoise) -> None:
-        """Every sixteenth step: what is lost with nothing let through."""
-        if self.at_stake is not None and self.step_number % 16:
-            return
-        with torch.no_grad(), self.autocast():
-            nothing = torch.zeros((), device=seen.features.device)
-            shape = seen.features.shape[1:]
-            closed = self.bottleneck.restriction.apply_to(seen, self.place.site.layout, nothing, noise.normal(shape))
-            label = seen.target if self.settings.objective == "label" else None
-            lost = nats_at_stake(seen.logits, seen.tail(closed), label)
-        now = self._mean_over_processes(lost.mean()[None]).item()
-        self.at_stake = now if self.at_stake is None else 0.7 * self.at_stake + 0.3 * now
+    def _closed(self, seen: Observation, noise: _BatchNoise) -> Tensor:
+        """What the host says with nothing let through, (1, K); looked at again every sixteenth step."""
+        if self.closed is None or self.step_number % 16 == 0:
+            with torch.no_grad(), self.autocast():
+                nothing = torch.zeros((), device=seen.features.device)
+                passing = noise.normal(seen.features.shape[1:])
+                logits = seen.tail(self.bottleneck.restriction.apply_to(seen, self.place.site.layout, nothing, passing))
+            now = self._mean_over_processes(logits.float().softmax(dim=1).mean(dim=0, keepdim=True))
+            self.closed = now if self.closed is None else 0.7 * self.closed + 0.3 * now
+        return self.closed
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return values if self.share.world == 1 else self.accelerator.reduce(values, reduction="mean")
 
     def _follow(self, values: Tensor) -> None:
         """Update the running figures from this step (the same on every process)."""
-        loss, lost, bits, opened, agreed, asked = self._mean_over_processes(values).tolist()
+        loss, lost, bits, opened, stake, beta, agreed, asked = self._mean_over_processes(values).tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss became {loss} at step {self.step_number}; try a smaller lr or fp32")
-        now = {"loss": loss, "bits": bits, "attention": opened}
-        now["lost"] = lost / max(self.at_stake or 0.0, 1e-6)
+        now = {"loss": loss, "bits": bits, "attention": opened, "lost": lost / stake, "beta": beta}
         now["agreement"] = agreed / asked if asked else self.figures.get("agreement", 1.0)
         old = self.figures or now
         self.figures = {name: 0.95 * old[name] + 0.05 * value for name, value in now.items()}
-        self.figures["beta"] = self.beta
         if self.step_number % 10 == 0:
             self.history.append({"step": self.step_number, **{k: round(v, 5) for k, v in self.figures.items()}})
 

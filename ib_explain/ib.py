@@ -168,8 +168,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 `timm.data.create_loader` gives. Training images: the statistics come from them.
             steps: optimiser steps; by default as many as show 12,800 images, at least 100.
             beta: weight of the rate (`ib_explain.objective.rate`: the root of the nats a feature element, priced by
-                place) against the cross-entropy in nats; None for what is at stake (cross-entropy with nothing let
-                through minus the host's own), which carries over from layer to layer and host to host.
+                place) against the cross-entropy in nats; None for what is at stake in each image (the divergence of
+                the host's prediction from that with nothing let through), which carries over from layer to layer and
+                host to host.
             lr: peak learning rate, 2e-3 by default.
             objective: "prediction" explains what the host says (targets drawn from its own predictive distribution),
                 "label" the labels in the data.
@@ -274,7 +275,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             raise ValueError(f"refine must be an integer >= 0, got {refine!r}")
         settings = PerImageSettings(seed=self.seed)
         if self.fitted:
-            beta = (self.record or {}).get("final_beta")
+            beta = (self.record or {}).get("settings", {}).get("beta")
             settings = dataclasses.replace(settings, steps=int(refine), lr=REFINING_LR, beta=beta)
         args = HostArgs.of(additional_forward_args, len(x))
         maps = self._maps(x, target, args, settings, output, fitted=self.fitted)

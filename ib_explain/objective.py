@@ -21,25 +21,37 @@ from torch import Tensor
 from ib_explain.maps import resize
 from ib_explain.observation import Observation
 
-__all__ = ["PRICE", "location_price", "nats_at_stake", "rate"]
+__all__ = ["PRICE", "location_price", "nats_at_stake", "rate", "worth_fitting"]
 
-PRICE = 1.0  # share of what is at stake that a rate of 1 costs: one nat through every feature element
+PRICE = 2.0  # in units of what is at stake: what a rate of 1 costs, one nat through every feature element
+LEAST_AT_STAKE = 0.1  # nats
 CONTRAST = 3.0  # by which the log of the price falls for evidence of one standard deviation more
 BLOCKS = 4  # a side
 
 
-def nats_at_stake(logits: Tensor, closed: Tensor, target: Tensor | None = None) -> Tensor:
-    """What is lost about the class when nothing passes, in nats for each image, (B,).
+def nats_at_stake(logits: Tensor, closed: Tensor) -> Tensor:
+    """What is lost of the host's own prediction when nothing passes: KL(p || closed) in nats for each image, (B,).
+
+    At least `LEAST_AT_STAKE`: an image that looks to the host as average content does is not squeezed to nothing.
 
     Args:
         logits: of the intact images, (B, K).
-        closed: with nothing let through, (B, K).
-        target: class of each image (B,); None for classes drawn from the host's own p, in expectation: KL(p || closed).
+        closed: with nothing let through, (B, K) or (1, K).
     """
     own, without = logits.float().log_softmax(1), closed.float().log_softmax(1)
-    if target is not None:
-        return (own - without).gather(1, target[:, None])[:, 0]
-    return (own.exp() * (own - without)).sum(dim=1)
+    return (own.exp() * (own - without)).sum(dim=1).clamp_min(LEAST_AT_STAKE)
+
+
+def worth_fitting(logits: Tensor, closed: Tensor, target: Tensor) -> Tensor:
+    """Weight of each image in a fit, (B,) in [0, 1]: nats that it puts the target ahead of average content, up to one.
+
+    Args:
+        logits: of the intact images, (B, K).
+        closed: with nothing let through, (B, K) or (1, K).
+        target: class of each image, (B,).
+    """
+    ahead = logits.float().log_softmax(1) - closed.float().log_softmax(1)
+    return ahead.gather(1, target[:, None])[:, 0].clamp(0, 1)
 
 
 def location_price(seen: Observation) -> Tensor:

@@ -21,7 +21,6 @@ from ib_explain.observation import Observation
 
 __all__ = ["REFINING_LR", "PerImageSettings", "optimise"]
 
-LEAST_AT_STAKE = 0.1  # nats
 REFINING_LR = 0.15  # from a fitted attention, which is nearly right: larger steps follow the noise of the few samples
 START = 0.73  # open enough that the first predictions are nearly the host's
 
@@ -104,8 +103,7 @@ def _beta(
     noise = torch.randn((1, *seen.features.shape[1:]), generator=generator, device=seen.features.device)
     with torch.no_grad():
         closed = seen.tail(restriction.apply_to(seen, layout, torch.zeros((), device=noise.device), noise))
-    # An image whose class the average content tells as well has nothing at stake; it still gets a small price.
-    return PRICE * nats_at_stake(seen.logits, closed, seen.target).clamp_min(LEAST_AT_STAKE)
+    return PRICE * nats_at_stake(seen.logits, closed)
 
 
 def _logit(attention: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from ib_explain.data.batches import Batches, Share
+from ib_explain.data.synthetic import Synthetic, demo_host
 from ib_explain.ib import IBAttention
 from ib_explain.objective import PRICE
 from tests.models import CLASSES, images, tiny
@@ -69,7 +70,7 @@ class TestWhatTrains:
         x = images(8, seed=77)
         assert few.information(x).mean() < 0.5 * many.information(x).mean()
 
-    def test_beta_is_a_share_of_what_is_at_stake(self):
+    def test_beta_is_a_multiple_of_what_is_at_stake(self):
         x = images(96)
         data = [x]
         history = fit(data, steps=1).record["history"]
@@ -82,6 +83,16 @@ class TestWhatTrains:
         assert at_stake > 0.3
         assert history[0]["beta"] == pytest.approx(PRICE * at_stake.item(), rel=0.6)  # its one draw of noise is another
         assert fit(data, steps=2, beta=3.0).record["history"][0]["beta"] == 3.0
+
+    @pytest.mark.slow
+    def test_the_class_that_the_host_sees_in_average_content_keeps_a_map(self):
+        pictures = Synthetic(512, seed=1)
+        batch = pictures.batch(range(512))
+        ib = IBAttention(demo_host(), reads="features")
+        ib.fit(DataLoader(TensorDataset(batch.image), 32, shuffle=True), steps=120, show_progress=False)
+        bits, labels = ib.information(batch.image[:128]), batch.label[:128]
+        of_class = torch.stack([bits[labels == c].mean() for c in labels.unique()])
+        assert of_class.min() > 0.3 * of_class.mean()
 
     def test_the_seed_decides(self):
         data = batches()

@@ -154,7 +154,7 @@ def grid_attention(ib, host, x, refine):
     with ibx_frozen(host), torch.no_grad():
         seen, place = ib._observe(host, x, None, (), read=True, gradient=True)
         start = ib.bottleneck.attend(seen).value
-        settings = PerImageSettings(steps=refine, lr=REFINING_LR, seed=ib.seed, beta=ib.record["final_beta"])
+        settings = PerImageSettings(steps=refine, lr=REFINING_LR, seed=ib.seed)
         return optimise(ib.bottleneck.restriction, seen, place.site.layout, settings, start)
 
 

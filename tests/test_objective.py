@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ib_explain.objective import location_price, nats_at_stake, rate
+from ib_explain.objective import LEAST_AT_STAKE, location_price, nats_at_stake, rate, worth_fitting
 
 CHANNELS = 5
 
@@ -99,9 +99,20 @@ class TestLocationPrice:
         torch.testing.assert_close(own, location_price(seen([features], [gradient])))
 
 
-def test_nats_at_stake_is_a_divergence_or_the_labels_loss():
-    logits, closed = random(3, 4), random(3, 4, seed=1)
-    p, q = torch.distributions.Categorical(logits=logits), torch.distributions.Categorical(logits=closed)
-    torch.testing.assert_close(nats_at_stake(logits, closed), torch.distributions.kl_divergence(p, q))
-    label = torch.tensor([0, 3, 1])
-    torch.testing.assert_close(nats_at_stake(logits, closed, label), p.log_prob(label) - q.log_prob(label))
+def test_nats_at_stake_is_a_divergence_of_at_least_a_little():
+    logits, closed = 5 * random(3, 4), 5 * random(3, 4, seed=1)
+    p = torch.distributions.Categorical(logits=logits)
+    for those in (closed, closed[:1]):  # of each image, or the same for all
+        divergence = torch.distributions.kl_divergence(p, torch.distributions.Categorical(logits=those))
+        torch.testing.assert_close(nats_at_stake(logits, those), divergence.clamp_min(LEAST_AT_STAKE))
+    assert nats_at_stake(logits, logits).tolist() == pytest.approx([LEAST_AT_STAKE] * 3)
+
+
+def test_an_image_is_worth_fitting_as_far_as_it_puts_its_target_ahead():
+    closed = torch.tensor([[0.7, 0.2, 0.1]]).log()
+    logits = torch.tensor([[0.6, 0.3, 0.1], [0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]).log()
+    expected = [0.0, math.log(1.5), 0.0, 1.0]
+    found = [
+        worth_fitting(logits[i : i + 1], closed, torch.tensor([t])).item() for i, t in ((0, 0), (0, 1), (1, 0), (2, 2))
+    ]
+    assert found == pytest.approx(expected, abs=1e-6)

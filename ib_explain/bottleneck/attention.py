@@ -2,7 +2,8 @@
 
 About 64 channels of 1x1 and 3x3 convolutions on the site's grid. It reads the site's normalised features, deeper
 features of the same pass, and either the target's gradient with the class evidence that follows from it, or, without a
-gradient, a query made from the classifier's row of the target class.
+gradient, the classifier's row of the target class: a query made from it and, where the row is as wide as the deepest
+features that are read, their class activation map.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class AttentionNetwork(nn.Module):
         self.deep = nn.ModuleList(nn.Conv2d(c, WIDTH, 1, bias=False) for c in deep_channels)
         self.gradient = nn.Conv2d(channels, WIDTH, 1, bias=False) if gradient else None
         self.query = None if gradient else nn.Linear(query_width, 2 * WIDTH)
-        evidence = 2 + 2 * len(deep_channels) if gradient else 1 + len(deep_channels)
+        self.row_fits = not gradient and query_width == [channels, *deep_channels][-1]
+        evidence = 2 + 2 * len(deep_channels) if gradient else 1 + len(deep_channels) + self.row_fits
         self.evidence = nn.Conv2d(evidence, WIDTH, 1, bias=False)
         self.near = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, padding_mode="replicate")
         self.far = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, padding_mode="replicate")
@@ -70,6 +72,8 @@ class AttentionNetwork(nn.Module):
         elif self.query is not None and query is not None:
             weight, shift = self.query(query)[:, :, None, None].chunk(2, dim=1)  # each (B, WIDTH, 1, 1)
             evidence = [unit_scale(_onto((weight * part).mean(dim=1, keepdim=True), grid)) for part in (hidden, *read)]
+            if self.row_fits:
+                evidence.append(unit_scale(_onto(_class_activation([features, *deep][-1], query), grid)))
             hidden = hidden * (1 + weight) + shift
         else:
             raise ValueError("the attention network needs the target's gradient or a query of the class, got neither")
@@ -95,6 +99,11 @@ def class_evidence(features: Tensor, gradient: Tensor) -> Tensor:
     local = (gradient * features).sum(dim=1, keepdim=True)
     pooled = (gradient.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1, keepdim=True)
     return torch.cat([unit_scale(local), unit_scale(pooled)], dim=1)
+
+
+def _class_activation(features: Tensor, row: Tensor) -> Tensor:
+    """Sum over channels of the classifier's row (B, C) * features, (B, 1, h, w) (CAM, Zhou et al. 2016)."""
+    return (row[:, :, None, None] * features).sum(dim=1, keepdim=True)
 
 
 def _onto(values: Tensor, grid: torch.Size) -> Tensor:
