@@ -25,6 +25,7 @@ class CutFigures(NamedTuple):
     leak: float
     effect: float
     reached: float
+    pooled: bool
     skippable: bool
 
 
@@ -57,8 +58,8 @@ class CleanPass:
         blocked = self._run(self._full(name), closed)
         skippable = self._agrees(short, closed, blocked)
         tail = short if skippable else self._full(name)
-        effect, reached = self.effect(name, layout, tail), self._reached(name, layout, tail)
-        return CutFigures(self._share(blocked), effect, reached, skippable)
+        reached, pooled = self._reading(name, layout, tail)
+        return CutFigures(self._share(blocked), self.effect(name, layout, tail), reached, pooled, skippable)
 
     def _held(self, name: str, layout: Layout) -> list[Tensor]:
         """Means over images of what stands beside the grid."""
@@ -90,20 +91,37 @@ class CleanPass:
             return False  # the host reads what was skipped: its whole forward has to run each time
         return torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max().clamp_min(1e-6)))
 
-    def _reached(self, name: str, layout: Layout, tail: Tail) -> float:
-        """Share of the grid's positions that the logits' gradient reaches."""
-        output = self.outputs[name]
+    def _reading(self, name: str, layout: Layout, tail: Tail) -> tuple[float, bool]:
+        """Share of the grid's positions that the logits' gradient reaches, and whether these are only averaged."""
+        features = layout.to_grid(self.outputs[name]).detach()
+        gradient = self._gradient(name, layout, tail, features)
+        if gradient is None:
+            return 0.0, False
+        norms = gradient.norm(dim=1)
+        reached = float((norms > 1e-6 * norms.max().clamp_min(1e-30)).float().mean())
+        # A mean over positions gives all of them one gradient, whatever is made of the mean. What each position goes
+        # through before it leaves its gradient as it is when others change: here, the right half to another image's.
+        left = features.shape[-1] // 2
+        other = torch.cat([features[..., :left], features.roll(1, 0)[..., left:]], dim=-1)
+        again = self._gradient(name, layout, tail, other)
+        alike = _close(gradient, gradient.mean(dim=(2, 3), keepdim=True).expand_as(gradient))
+        return reached, alike or (again is not None and _close(gradient[..., :left], again[..., :left]))
+
+    def _gradient(self, name: str, layout: Layout, tail: Tail, features: Tensor) -> Tensor | None:
+        """Of a random mix of logits with respect to the grid, (B, C, h, w); None if nothing reaches it."""
         with frozen(self.host), torch.enable_grad():
-            features = layout.to_grid(output).detach().clone().requires_grad_()
-            logits = tail(layout.with_grid(output, features.clone(), self._held(name, layout))).float()
+            features = features.clone().requires_grad_()
+            logits = tail(layout.with_grid(self.outputs[name], features.clone(), self._held(name, layout))).float()
             if not logits.requires_grad:
-                return 0.0
+                return None
             weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.device)
             (gradient,) = torch.autograd.grad((logits * weights).sum(), features, allow_unused=True)
-        if gradient is None:
-            return 0.0
-        norms = gradient.float().norm(dim=1)
-        return float((norms > 1e-6 * norms.max().clamp_min(1e-30)).float().mean())
+        return None if gradient is None else gradient.float()
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """The same up to rounding."""
+    return float((one - other).norm()) <= 1e-3 * float(one.norm())
 
 
 def _copy(output: Any) -> Any:

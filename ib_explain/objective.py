@@ -64,10 +64,11 @@ def location_price(seen: Observation) -> Tensor:
     Args:
         seen: a clean pass with gradients.
     """
-    pairs = list(zip(seen.deep, seen.deep_gradients, strict=False))
+    grid = (seen.features.shape[2], seen.features.shape[3])
+    read = zip(seen.deep, seen.deep_gradients, strict=False)
+    pairs = [(features, gradient) for features, gradient in read if math.prod(features.shape[2:]) < math.prod(grid)]
     if not pairs and seen.gradient is not None:
         pairs = [(seen.features, seen.gradient)]
-    grid = (seen.features.shape[2], seen.features.shape[3])
     evidence = torch.zeros((len(seen.features), 1, *grid), device=seen.features.device)
     for features, gradient in pairs:
         weights = gradient.float().mean(dim=(2, 3), keepdim=True)

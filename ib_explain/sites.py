@@ -27,6 +27,7 @@ FINE_ENOUGH = 14  # cells per side beyond which a finer grid brings little and c
 LEAK_LIMIT = 0.05
 EFFECT_LIMIT = 0.01
 SHAPE_ONLY = 0.5  # what a layout counts that no probe confirmed
+POOLED = 0.5  # what a layer counts behind which positions are only averaged
 ALIKE = 0.9  # of the best score: within it the layer with the shorter name is the default
 GROUP = 8  # layers that share a probe; their outputs are in memory together
 
@@ -45,6 +46,7 @@ class Site:
         effect: share of the logits' spread that is left when only the grid differs between images (the rest held at
             its mean): what a bottleneck on the grid can keep.
         reached: share of the grid's positions that the logits' gradient reaches.
+        pooled: behind the layer positions do not meet but in a mean: nothing deeper is left to read.
         skippable: what comes before the layer need not run again (verified: the logits stay the same).
     """
 
@@ -55,6 +57,7 @@ class Site:
     leak: float
     effect: float
     reached: float
+    pooled: bool
     skippable: bool
 
     @property
@@ -76,7 +79,7 @@ class Site:
         if not self.usable:
             return 0.0
         effect, leak = (1.0, 0.0) if math.isnan(self.leak) else (self.effect, self.leak)
-        return _promise(self.layout, self.depth) * min(effect, 1.0) * (1 - leak)
+        return _promise(self.layout, self.depth) * min(effect, 1.0) * (1 - leak) * (POOLED if self.pooled else 1.0)
 
 
 def default_layer(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> str:
@@ -86,8 +89,9 @@ def default_layer(model: nn.Module, input_size: tuple[int, int, int] | None = No
     fineness is min(1, sqrt(h * w) / 14), since a map cannot show what its grid cannot hold, and beyond 14 cells a side
     more cells help less than more depth; depth is the share of the host that has run, since deep features know classes;
     effect is what the grid alone carries (a class token that has read the image takes from it); leak is what flows
-    around. A layer whose order of positions could not be measured counts half. Layers from whose grid nothing reaches
-    the logits are left out (the last block of a class-token transformer, which reads the class token only). Among
+    around. A layer whose order of positions could not be measured counts half, and so does one behind which positions
+    are only averaged: it leaves the attention nothing deeper to read. Layers from whose grid nothing reaches the
+    logits are left out (the last block of a class-token transformer, which reads the class token only). Among
     layers of one grid within 10 % of the best the one highest in the module tree wins: a whole stage rather than the
     norm behind it.
 
@@ -269,6 +273,8 @@ def _best_site(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...
     """
     waiting = sorted(_survey(host, size, args).candidates, key=lambda c: -_hope(c))
     scores: dict[str, float] = {}
+    passed_over: list[Candidate] = []
+    pooled: set[str] = set()
     rejected: list[Site] = []
     while True:
         best = max(scores.values(), default=0.0)
@@ -278,16 +284,22 @@ def _best_site(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...
             group = waiting[:GROUP] + behind
             waiting = [c for c in waiting[GROUP:] if c not in behind]
             scores |= _scores(host, group, best, size, args)
+            passed_over += [c for c in group if c.name not in scores]
         elif best > 0:
             layouts = _known(host, size).layouts
             first = layouts[max(scores, key=lambda n: scores[n])]
             alike = [n for n, score in scores.items() if score >= ALIKE * best and _same_grid(layouts[n], first)]
             name = min(alike, key=lambda n: (n.count("."), -scores[n]))
             (site,) = _measure(host, [name], size, args)
-            if site.usable:
+            if not site.usable:
+                rejected.append(site)
+                del scores[name]
+            elif site.pooled and name not in pooled:
+                pooled.add(name)
+                scores[name] *= POOLED  # others have another chance
+                waiting, passed_over = sorted([*waiting, *passed_over], key=lambda c: -_hope(c)), []
+            else:
                 return name
-            rejected.append(site)
-            del scores[name]
         else:
             seen = max(rejected, key=lambda s: -s.leak, default=None)
             raise ValueError(_no_default(host, size, seen))

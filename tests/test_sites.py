@@ -252,8 +252,34 @@ class TestDefaultLayer:
     """`stem` and `stages.0` have half of the input's side, `stages.1` a quarter, `stages` an eighth."""
 
     def test_depth_decides_where_all_grids_are_fine(self) -> None:
-        """Grids of 112, 56 and 28 cells a side: from 14 on only depth counts, 11/12."""
-        assert default_layer(make(TinyCNN), (3, 224, 224)) == "stages"
+        """Grids of 112, 56 and 28 cells a side: from 14 on only depth counts, 8/12; the last one is only averaged."""
+        assert default_layer(make(TinyCNN), (3, 224, 224)) == "stages.1"
+        assert resolve_site(make(TinyCNN), "stages", (3, 224, 224)).pooled
+        assert not resolve_site(make(TinyCNN), "stages.1", (3, 224, 224)).pooled
+
+    @pytest.mark.parametrize("norm_first", [True, False])
+    def test_the_last_layer_where_positions_still_meet_of_one_grid(self, norm_first: bool) -> None:
+        """Behind the last mixing there are channels alone and a mean, with a norm of each position or of the mean."""
+
+        class Mixer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.stem = nn.Conv2d(3, 8, 4, 4)
+                self.blocks = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(6))
+                self.channels, self.norm = nn.Conv2d(8, 8, 1), nn.LayerNorm(8)
+                self.fc = nn.Linear(8, CLASSES)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.stem(x)
+                for block in self.blocks:
+                    x = torch.tanh(block(x))
+                x = self.channels(x).permute(0, 2, 3, 1)
+                return self.fc(self.norm(x).mean(dim=(1, 2)) if norm_first else self.norm(x.mean(dim=(1, 2))))
+
+        found = {site.name: site.pooled for site in sites(make(Mixer), (3, 64, 64))}
+        assert found["channels"] and not found["blocks.4"]
+        assert found["blocks.5"] == norm_first  # a norm of the mean ties positions together
+        assert default_layer(make(Mixer), (3, 64, 64)) == ("blocks.4" if norm_first else "blocks.5")
 
     def test_fine_and_deep(self) -> None:
         """32, 16 and 8 cells: 1 * 5/12, 1 * 8/12 and 8/14 * 11/12 = .52; the second is best."""

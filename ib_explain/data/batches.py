@@ -50,7 +50,7 @@ class Batches:
     @property
     def images(self) -> int | None:
         """Images of an epoch, None where the data does not say."""
-        dataset = getattr(self.data, "dataset", None)
+        dataset: Any = getattr(self.data, "dataset", None)
         return len(dataset) if hasattr(dataset, "__len__") else None
 
     def __call__(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
