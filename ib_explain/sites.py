@@ -28,6 +28,7 @@ LEAK_LIMIT = 0.05
 EFFECT_LIMIT = 0.01
 SHAPE_ONLY = 0.5  # what a layout counts that no probe confirmed
 POOLED = 0.5  # what a layer counts behind which positions are only averaged
+POOLED_TRIES = 4  # as many pooled layers in a row tell of a host in which positions hardly meet, an untrained one, say
 ALIKE = 0.9  # of the best score: within it the layer with the shorter name is the default
 GROUP = 8  # layers that share a probe; their outputs are in memory together
 
@@ -274,7 +275,7 @@ def _best_site(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...
     waiting = sorted(_survey(host, size, args).candidates, key=lambda c: -_hope(c))
     scores: dict[str, float] = {}
     passed_over: list[Candidate] = []
-    pooled: set[str] = set()
+    pooled: list[str] = []
     rejected: list[Site] = []
     while True:
         best = max(scores.values(), default=0.0)
@@ -295,7 +296,9 @@ def _best_site(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...
                 rejected.append(site)
                 del scores[name]
             elif site.pooled and name not in pooled:
-                pooled.add(name)
+                pooled.append(name)
+                if len(pooled) == POOLED_TRIES:
+                    return pooled[0]
                 scores[name] *= POOLED  # others have another chance
                 waiting, passed_over = sorted([*waiting, *passed_over], key=lambda c: -_hope(c)), []
             else:
