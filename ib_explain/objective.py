@@ -57,9 +57,10 @@ def worth_fitting(logits: Tensor, closed: Tensor, target: Tensor) -> Tensor:
 def location_price(seen: Observation) -> Tensor:
     """What a nat costs at each position of the site, (B, 1, h, w), 1 on average over an image.
 
-    exp(-3 e), where e is the evidence of the layers that are read behind the site: Grad-CAM without its ReLU (the
-    gradient's spatial mean times the features, Selvaraju et al. 2017, arXiv 1610.02391) at each of them, brought to
-    zero mean and unit standard deviation, and so their sum. Where nothing is read behind the site, that of the site.
+    exp(-3 e), where e is the evidence of the layers of a coarser grid that are read behind the site: Grad-CAM without
+    its ReLU (the gradient's spatial mean times the features, Selvaraju et al. 2017, arXiv 1610.02391) at each of them,
+    brought to zero mean and unit standard deviation, and so their sum. Where none is coarser, evidence of the site: in
+    hosts of one grid size deeper positions have only exchanged more.
 
     Args:
         seen: a clean pass with gradients.

@@ -62,14 +62,15 @@ class TestRate:
 
 class TestLocationPrice:
     def test_it_is_grad_cam_written_out(self):
-        deep, gradient = random(2, 3, 8, 8), random(2, 3, 8, 8, seed=1)
+        features, gradient = random(2, CHANNELS, 8, 8), random(2, CHANNELS, 8, 8, seed=1)
         cam = torch.stack(
-            [sum(g.mean() * f for f, g in zip(*pair, strict=True)) for pair in zip(deep, gradient, strict=True)]
+            [sum(g.mean() * f for f, g in zip(*pair, strict=True)) for pair in zip(features, gradient, strict=True)]
         )
         z = (cam - cam.mean((1, 2), keepdim=True)) / cam.std((1, 2), keepdim=True, correction=0)
         price = torch.exp(-3 * z)
         expected = (price / price.mean((1, 2), keepdim=True))[:, None]
-        torch.testing.assert_close(location_price(seen([deep], [gradient])), expected, rtol=1e-4, atol=1e-6)
+        found = location_price(seen(features=features, gradient=gradient))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
     def test_one_on_average_and_lowest_where_the_evidence_is(self):
         deep, gradient = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
@@ -93,10 +94,11 @@ class TestLocationPrice:
         torch.testing.assert_close(location_price(seen([flat], [random(2, 3, 4, 4)])), ones)
         assert torch.equal(location_price(seen([random(2, 3, 4, 4)], [torch.zeros(2, 3, 4, 4)])), ones)
 
-    def test_where_nothing_is_behind_the_site_its_own_evidence_counts(self):
+    def test_where_nothing_coarser_is_behind_the_site_its_own_evidence_counts(self):
         features, gradient = random(2, CHANNELS, 8, 8), random(2, CHANNELS, 8, 8, seed=1)
         own = location_price(seen(features=features, gradient=gradient))
-        torch.testing.assert_close(own, location_price(seen([features], [gradient])))
+        alike = random(2, 3, 8, 8, seed=2)
+        assert torch.equal(own, location_price(seen([alike], [alike], features=features, gradient=gradient)))
 
 
 def test_nats_at_stake_is_a_divergence_of_at_least_a_little():
