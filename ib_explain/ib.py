@@ -552,7 +552,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             return self._reference[1]
         images = probe_images(REFERENCE_IMAGES, place.input_size, seed=7)
         if reference is not None:
-            images = check_images(reference, name="reference")
+            images = check_images(reference, size=place.input_size, name="reference")
         batches = Batches(list(images.split(8)), self.seed)
         found = estimate_statistics(
             host, dataclasses.replace(place, deeper=()), batches, per_element=self.per_element, args=args

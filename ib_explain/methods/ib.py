@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ib_explain.checks import check_images, check_positive_int
+from ib_explain.checks import check_positive_int
 from ib_explain.ib import IBAttention
 from ib_explain.methods.base import Call, register_method
 from ib_explain.per_image import PerImageSettings
@@ -43,8 +43,6 @@ class PerImageIB:
         check_positive_int(self.copies, "copies")
 
     def __call__(self, call: Call) -> Tensor:
-        if self.reference is not None:
-            check_images(self.reference, size=call.input_size, name="reference")
         ib = IBAttention(call.model, call.layer, gate=self.gate, seed=call.seed)
         settings = PerImageSettings(self.steps, self.lr, self.beta, self.copies, call.seed)
         return ib.attribute_per_image(
