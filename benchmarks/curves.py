@@ -35,9 +35,9 @@ from ib_explain.metrics import METRICS, Case
 from ib_explain.sources import Source
 
 STEPS = (25, 50, 100, 200, 400)
-FITTING_IMAGES = (100, 300, 1000, 3000)
-MULTIPLES = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the default's beta
-RATE_STEPS = 200
+FITTING_IMAGES = (100, 300, 1000)
+MULTIPLES = (0.1, 0.5, 2.0, 10.0)  # of the default's beta
+RATE_STEPS = 150
 SHOWN = ("insertion - deletion", "degradation_10_steps", "road_3_shares", "energy_inside")
 
 
