@@ -247,6 +247,8 @@ class _Trainer:
         passed = bottleneck.restriction.bits(seen, attention.value)  # (B, 1, h, w)
         cost = rate(passed, location_price(seen), seen.features.shape[1])  # (B,)
         worth = worth_fitting(seen.logits, closed, seen.target)  # (B,)
+        # A batch in which no image tells more than average content (an untrained host's) still moves the attention.
+        worth = torch.where(self._mean_over_processes(worth.sum()) > 0, worth, torch.ones_like(worth))
         loss = (worth * (kept + beta * cost)).mean() + attention.loss
         self._schedule()
         self.optimiser.zero_grad()

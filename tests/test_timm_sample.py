@@ -44,7 +44,7 @@ SAMPLES = {
         "NLC, 5 tokens beside the grid",
         (8, 8),
     ),
-    "test_vit_relpos": Sample((160, 160), {}, "norm", "NLC", (10, 10)),
+    "test_vit_relpos": Sample((160, 160), {}, "blocks.7", "NLC", (10, 10)),
     "hiera_tiny_224": Sample(
         (224, 224),
         {"embed_dim": 24, "num_heads": 1, "stages": (1, 1, 2, 1)},

@@ -28,7 +28,7 @@ HOSTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], str]] = {
     "swin": (
         lambda: SwinTransformer([2, 2], 24, [1, 2], [1, 2], [4, 4], num_classes=7),
         (3, 64, 96),
-        "NCHW",
+        "NHWC",
     ),
 }
 
