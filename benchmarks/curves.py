@@ -178,7 +178,10 @@ def draw_amount(rows: dict[str, dict[str, Any]]) -> plt.Figure:
         axes[0].plot(*zip(*by_steps, strict=True), marker="o", label=name.replace("_", " "))
         axes[1].plot(*zip(*by_images, strict=True), marker="o")
     for axis, label in zip(axes, (f"steps of 32 ({most_images} images)", f"images ({most_steps} steps)"), strict=True):
+        points = sorted({x for line in axis.lines for x in line.get_xdata()})
         axis.set(xscale="log", xlabel=label)
+        axis.set_xticks(points, [str(x) for x in points])
+        axis.minorticks_off()
         axis.axhline(0, color="black", linewidth=0.8)
     axes[0].set_ylabel("gain over Grad-CAM at its best layer")
     axes[0].legend(fontsize=8)
@@ -189,13 +192,13 @@ def draw_rate(rows: dict[str, dict[str, Any]]) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for gate in ("gaussian", "noise"):
         points = sorted(
-            (r["bits"], r["agreement"], r["lost_nats"]) for n, r in rows.items() if n.startswith(f"{gate}, beta")
+            (r["bits"], r["agreement"], r["lost_nats"]) for n, r in rows.items() if n.startswith(f"{gate}, ")
         )
         bits, agreement, lost = zip(*points, strict=True)
         axes[0].plot(bits, agreement, marker="o", label=f"{gate} gate")
         axes[1].plot(bits, lost, marker="o")
-    axes[0].set(xscale="log", xlabel="bits an image", ylabel="agreement with the host")
-    axes[1].set(xscale="log", xlabel="bits an image", ylabel="nats lost about the top-1")
+    axes[0].set(xlabel="bits an image", ylabel="agreement with the host")
+    axes[1].set(xlabel="bits an image", ylabel="nats lost about the top-1")
     axes[0].legend(fontsize=8)
     return figure
 
