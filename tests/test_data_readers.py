@@ -387,7 +387,7 @@ def test_box_images_mistakes(folder):
 def test_tiny_imagenet_boxes():
     root = SHARED / "tiny-imagenet-100"
     if not root.is_dir():
-        pytest.skip(f"no data in {root}")
+        pytest.skip(f"no data in {root}")  # the data are not in the repository; their licence is their owners'
     dataset = BoxImages(
         open_dataset(root, "val"), read_boxes(root / "boxes.csv", "val"), plain((128, 128), crop_mode="squash")
     )
@@ -465,7 +465,7 @@ def test_etocvd():
 
     root = SHARED / "gaze" / "etocvd"
     if not root.is_dir():
-        pytest.skip(f"no data in {root}")
+        pytest.skip(f"no data in {root}")  # the data are not in the repository; their licence is their owners'
     dataset = GazeImages(root, plain((224, 224), "squash"))
     assert len(dataset) == 101
     assert sum(len(points) for points in dataset.fixations) == 7128

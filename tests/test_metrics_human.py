@@ -230,7 +230,7 @@ def pysaliency_metrics() -> ModuleType:
     """The file of metric functions alone: the package's import takes seconds and needs pkg_resources."""
     package = importlib.util.find_spec("pysaliency")
     if package is None or not package.submodule_search_locations:
-        pytest.skip("pysaliency is not installed")
+        pytest.skip("pysaliency is not installed")  # it comes with the test extra
     spec = importlib.util.spec_from_file_location(
         "pysaliency_metrics", f"{package.submodule_search_locations[0]}/metrics.py"
     )
