@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--gate", default="gaussian", metavar="NAME", help="gaussian, noise or residual (gaussian)")
     fit.add_argument("--reads", default="gradient", metavar="WHAT", help="gradient or features (gradient)")
     fit.add_argument("--anchors", type=_natural, default=0, metavar="N", help="learnable levels of attention (0: none)")
+    fit.add_argument("--relevance", action="store_true", help="learn bits about the class, too, for attribute --output")
     fit.add_argument("--objective", default="prediction", metavar="WHAT", help="prediction or label (prediction)")
     fit.add_argument("--precision", metavar="TYPE", help="fp32, bf16 or fp16 (the launcher's, else fp32)")
     _out(fit, "folder of the bottleneck", "MODEL-ib")
@@ -129,6 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     attribute.add_argument("--method", default="ib", metavar="NAME", help="any method (ib)")
     attribute.add_argument(
         "--refine", type=_natural, default=0, metavar="K", help="per-image steps on top of a fitted bottleneck (0)"
+    )
+    attribute.add_argument(
+        "--output", default="bits", metavar="WHAT", help="of a fitted bottleneck: bits, attention or relevance (bits)"
     )
     _compute(attribute, batch_size=32)
     _out(attribute, "folder of the maps", "MODEL-maps")

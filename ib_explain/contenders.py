@@ -16,7 +16,7 @@ from ib_explain.attribution import as_maps, method_runner
 from ib_explain.checks import check_maps
 from ib_explain.data.batches import seeded
 from ib_explain.hooks import frozen, module_name, unwrap
-from ib_explain.ib import IBAttention
+from ib_explain.ib import OUTPUTS, IBAttention
 from ib_explain.methods import METHODS
 from ib_explain.methods.base import Call, NotApplicable
 
@@ -135,7 +135,10 @@ def _contender(name: Any, given: Any, model: nn.Module) -> Contender:
     if told:
         label += f"({', '.join(f'{key}={value}' for key, value in told.items())})"
     chosen = label if name is None else str(name)
-    unit = options.get("output", "bits") if isinstance(method, IBAttention) else getattr(run, "unit", None)
+    if isinstance(method, IBAttention):
+        unit = OUTPUTS.get(options.get("output", "bits"))
+    else:
+        unit = getattr(run, "unit", None)
     return Contender(
         name=chosen,
         unit=str(unit or f"own unit of {chosen}"),

@@ -33,6 +33,7 @@ from ib_explain.objective import PRICE, location_price, nats_at_stake, rate, wor
 from ib_explain.observation import Observation, observe
 from ib_explain.places import Place
 from ib_explain.progress import Progress
+from ib_explain.relevance import coalitions, label_information, regression_loss
 from ib_explain.statistics import Moments, RunningMean, RunningMoments
 
 __all__ = ["FitSettings", "Statistics", "choose_precision", "estimate_statistics", "make_accelerator", "train"]
@@ -209,6 +210,10 @@ class _Trainer:
         groups = [{"params": network, "lr": settings.lr}]
         if anchors:
             groups.append({"params": anchors, "lr": Anchors.LEARNING_RATE})
+        if bottleneck.relevance is not None:
+            relevance = list(bottleneck.relevance.parameters())
+            self.parameters += relevance
+            groups.append({"params": relevance, "lr": settings.lr})
         self.optimiser = torch.optim.Adam(groups)
         device = host_device(host)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
@@ -250,6 +255,8 @@ class _Trainer:
         # A batch in which no image tells more than average content (an untrained host's) still moves the attention.
         worth = torch.where(self._mean_over_processes(worth.sum()) > 0, worth, torch.ones_like(worth))
         loss = (worth * (kept + beta * cost)).mean() + attention.loss
+        if bottleneck.relevance is not None:
+            loss = loss + self._relevance_loss(seen, noise)
         self._schedule()
         self.optimiser.zero_grad()
         self.scaler.scale(loss).backward()
@@ -328,8 +335,26 @@ class _Trainer:
                 passing = noise.normal(seen.features.shape[1:])
                 logits = seen.tail(self.bottleneck.restriction.apply_to(seen, self.place.site.layout, nothing, passing))
             now = self._mean_over_processes(logits.float().softmax(dim=1).mean(dim=0, keepdim=True))
+            if self.bottleneck.relevance is not None:
+                logs = self._mean_over_processes(logits.float().log_softmax(dim=1).mean(dim=0, keepdim=True))
+                self.bottleneck.get_buffer("closed").lerp_(logs, 1 / (self.step_number // 16 + 1))  # mean of all looks
             self.closed = now if self.closed is None else 0.7 * self.closed + 0.3 * now
         return self.closed
+
+    def _relevance_loss(self, seen: Observation, noise: _BatchNoise) -> Tensor:
+        """Error of the relevance of a random set of positions and of all others."""
+        bottleneck = self.bottleneck
+        with self.autocast():
+            relevance = bottleneck.label_bits(seen)
+        chosen = coalitions(noise.uniform(), noise.normal((1, *self.place.site.grid)))
+        mixed = noise.normal(seen.features.shape[1:])
+        loss = relevance.new_zeros(())
+        for passing in (chosen, 1 - chosen):
+            with torch.no_grad(), self.autocast():
+                logits = seen.tail(bottleneck.restriction.apply_to(seen, self.place.site.layout, passing, mixed))
+            worth = label_information(logits, bottleneck.get_buffer("closed"), seen.target)
+            loss = loss + regression_loss(relevance, passing, worth).mean() / 2
+        return loss
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return values if self.share.world == 1 else self.accelerator.reduce(values, reduction="mean")
@@ -359,11 +384,14 @@ class _BatchNoise:
         everyone = (self.batch * self.share.world, *shape)
         return self._mine(torch.randn(everyone, generator=self.generator, device=self.device))
 
+    def uniform(self) -> Tensor:
+        """In [0, 1), (B, 1)."""
+        everyone = (self.batch * self.share.world, 1)
+        return self._mine(torch.rand(everyone, generator=self.generator, device=self.device))
+
     def draw(self, probabilities: Tensor) -> Tensor:
         """One class for each row of (B, K) probabilities."""
-        everyone = (self.batch * self.share.world, 1)
-        uniform = self._mine(torch.rand(everyone, generator=self.generator, device=self.device))
-        drawn = (probabilities.cumsum(dim=1) < uniform).sum(dim=1)
+        drawn = (probabilities.cumsum(dim=1) < self.uniform()).sum(dim=1)
         return drawn.clamp_max(probabilities.shape[1] - 1)
 
     def _mine(self, values: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from ib_explain.fitting import (
 from ib_explain.hooks import HostArgs, find_module, frozen, host_device, module_name, replace_output, unwrap
 from ib_explain.io import FORMAT, data_config, host_facts, read_folder, versions, write_folder
 from ib_explain.layouts import Layout
-from ib_explain.maps import resize, spread, without_lattice
+from ib_explain.maps import resize, spread, spread_signed, without_lattice, without_lattice_signed
 from ib_explain.observation import Observation, observe
 from ib_explain.per_image import REFINING_LR, PerImageSettings, optimise
 from ib_explain.places import Place, find_place
@@ -41,10 +41,11 @@ from ib_explain.sites import Site, input_size_of
 from ib_explain.stripes import probe_images
 from ib_explain.targets import Target, class_rows
 
-__all__ = ["IBAttention"]
+__all__ = ["OUTPUTS", "IBAttention"]
 
 READS = ("gradient", "features")
-OUTPUTS = ("bits", "attention")
+OUTPUTS = {"bits": "bits", "attention": "attention", "relevance": "bits about the class"}  # with their units
+OPTIONS = ("gate", "reads", "anchors", "per_element", "relevance", "seed")  # that a saved bottleneck is built with
 OBJECTIVES = ("prediction", "label")
 REFERENCE_IMAGES = 32
 LEAK_WORTH_A_WARNING = 0.05
@@ -78,6 +79,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         reads: "gradient" or "features", what the fitted attention reads.
         anchors: number of learnable anchor values that quantise the attention; 0 for none.
         per_element: statistics per feature element instead of per channel; ties the bottleneck to one input size.
+        relevance: `fit` also learns the label's information of each position (`ib_explain.relevance`), for
+            `attribute(output="relevance")`; a step then takes two more passes behind the layer.
         seed: of everything random.
 
     Attributes:
@@ -99,18 +102,21 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         reads: str = "gradient",
         anchors: int = 0,
         per_element: bool = False,
+        relevance: bool = False,
         seed: int = 0,
     ) -> None:
         host = unwrap(model)
         module = layer if layer is None or isinstance(layer, nn.Module) else find_module(host, layer)
         self.layer_name = None if module is None else module_name(host, module)
         super().__init__(model, module)
-        GATES.get(gate)
+        if relevance and not GATES.get(gate).measures_bits:
+            raise ValueError(f"the {gate!r} gate passes everything, so it has no relevance; use gate='gaussian'")
         if reads not in READS:
             raise ValueError(f"unknown reads {reads!r}{did_you_mean(str(reads), READS)}")
         if anchors and check_positive_int(anchors, "anchors") < 2:
             raise ValueError(f"anchors must be 0 (none) or at least 2, got {anchors}")
         self.gate, self.reads, self.anchors, self.per_element, self.seed = gate, reads, anchors, per_element, seed
+        self.relevance = relevance
         self.record: dict[str, Any] | None = None
         self._bottleneck: Bottleneck | None = None
         self._place: Place | None = None
@@ -259,8 +265,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             target: None for the host's own top-1 (Captum's None means no selection), an int, a list, a 1-D tensor.
             additional_forward_args: further arguments of the host's forward.
             refine: steps of per-image optimisation that start from the fitted attention.
-            output: "bits", information that passes at each pixel, non-negative, its sum the image's bits; or
-                "attention", A in [0, 1].
+            output: "bits", information that passes at each pixel, non-negative, its sum the image's bits;
+                "attention", A in [0, 1]; or, where it was fitted, "relevance", bits about the class that each pixel
+                brings, signed, their sum log2 p(class | x) - E log2 p(class | nothing).
 
         Returns:
             (B, 1, H, W) float32 on the inputs' device, detached. For Captum's `infidelity`, `.expand_as(inputs)` it.
@@ -391,7 +398,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 f"{path} was fitted to a {fitted_to['architecture']} with other weights; fit again for bits that hold"
             )
             warnings.warn(told, UserWarning, stacklevel=2)
-        options = {name: config[name] for name in ("gate", "reads", "anchors", "per_element", "seed")}
+        options = {name: config[name] for name in OPTIONS if name in config}  # files of 0.1 lack "relevance"
         self = cls(model, config["layer"], **options)
         channels, height, width = config["input_size"]
         with frozen(model) as host:
@@ -463,7 +470,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
 
     def _describe(self, place: Place) -> dict[str, Any]:
         """What a saved bottleneck or a checkpoint says of itself."""
-        options = {name: getattr(self, name) for name in ("gate", "reads", "anchors", "per_element", "seed")}
+        options = {name: getattr(self, name) for name in OPTIONS}
         return {**place.to_json(), **options, "data_config": data_config(self.host)}
 
     def _start(
@@ -487,13 +494,19 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             gradient=gradient,
             classes=classes,
             anchors=self.anchors,
+            relevance=found.classes if self.relevance else 0,
         )
         return bottleneck.to(host_device(host))
 
     def _empty(self, tensors: dict[str, Tensor], place: Place) -> Bottleneck:
         """A bottleneck filled with stored tensors."""
         return empty_bottleneck(
-            tensors, gate=self.gate, deeper=len(place.deeper), gradient=self.reads == "gradient", anchors=self.anchors
+            tensors,
+            gate=self.gate,
+            deeper=len(place.deeper),
+            gradient=self.reads == "gradient",
+            anchors=self.anchors,
+            relevance=self.relevance,
         )
 
     def _observe(
@@ -526,17 +539,24 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             raise ValueError(f"unknown output {output!r}{did_you_mean(str(output), OUTPUTS)}")
         if output == "bits" and not GATES.get(self.gate).measures_bits:
             raise ValueError(f"the {self.gate!r} gate passes everything, so it has no bits; use output='attention'")
+        if output == "relevance" and not (fitted and self.relevance):
+            raise ValueError("relevance is learned in a fit: IBAttention(model, relevance=True).fit(data)")
+        if output == "relevance" and settings.steps:
+            raise ValueError(f"refine moves the attention, and relevance does not depend on it; got {settings.steps}")
         check_images(x, name="inputs", channels=input_size_of(self.host)[0], device=host_device(self.host))
         with frozen(self.forward_func) as host, torch.no_grad():
             # The optimisation is priced by the deeper layers' evidence, whatever the attention itself reads.
             gradient = settings.steps > 0 or self.reads == "gradient"
             seen, place = self._observe(host, x, target, args, read=True, gradient=gradient)
+            size = (int(x.shape[2]), int(x.shape[3]))
+            if output == "relevance":
+                brought = self.bottleneck.label_bits(seen)
+                return spread_signed(without_lattice_signed(brought) if place.strided else brought, size)
             if fitted and reference is None:
                 restriction, start = self.bottleneck.restriction, self.bottleneck.attend(seen).value
             else:
                 restriction, start = self._restriction(host, place, reference, args), None
             attention = optimise(restriction, seen, place.site.layout, settings, start)
-            size = (int(x.shape[2]), int(x.shape[3]))
             if output == "attention":
                 return resize(attention, size)
             bits = restriction.bits(seen, attention).clamp_min(0)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["pixel_order", "resize", "spread", "without_lattice"]
+__all__ = ["in_bits", "pixel_order", "resize", "spread", "spread_signed", "without_lattice", "without_lattice_signed"]
+
+
+def in_bits(unit: str) -> bool:
+    """Whether maps of this unit are amounts of information, so that the sum over pixels means something."""
+    return unit.split(" ")[0] == "bits"
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -26,6 +33,12 @@ def spread(amounts: Tensor, size: tuple[int, int]) -> Tensor:
     return fine * factor[:, None, None, None]
 
 
+def spread_signed(amounts: Tensor, size: tuple[int, int]) -> Tensor:
+    """`spread` for amounts of either sign: what the resize loses of the sum comes back in even parts."""
+    fine = resize(amounts, size) * (math.prod(amounts.shape[2:]) / math.prod(size))
+    return fine + (amounts.float().sum(dim=(2, 3), keepdim=True) - fine.sum(dim=(2, 3), keepdim=True)) / math.prod(size)
+
+
 def without_lattice(amounts: Tensor) -> Tensor:
     """Take the pattern of every second position out of non-negative amounts (B, 1, h, w); each image's sum stays.
 
@@ -33,12 +46,22 @@ def without_lattice(amounts: Tensor) -> Tensor:
     what a host uses in front of it forms dots that tell of the host and not of the image. The filter (-1, 4, 10, 4, -1)
     / 16 is zero at the grid's Nyquist frequency and maximally flat at zero: straight edges and smooth parts stay.
     """
-    kernel = torch.tensor([-1.0, 4.0, 10.0, 4.0, -1.0], device=amounts.device) / 16
     amounts = amounts.float()
-    padded = F.pad(amounts, (2, 2, 2, 2), mode="replicate")
-    smooth = F.conv2d(F.conv2d(padded, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1)).clamp_min(0)
+    smooth = _filtered(amounts).clamp_min(0)
     total, left = amounts.sum(dim=(2, 3), keepdim=True), smooth.sum(dim=(2, 3), keepdim=True)
     return torch.where(left > 0, smooth * (total / left.clamp_min(torch.finfo(torch.float32).tiny)), amounts)
+
+
+def without_lattice_signed(amounts: Tensor) -> Tensor:
+    """`without_lattice` for amounts of either sign."""
+    smooth = _filtered(amounts.float())
+    return smooth + (amounts.float() - smooth).mean(dim=(2, 3), keepdim=True)
+
+
+def _filtered(amounts: Tensor) -> Tensor:
+    kernel = torch.tensor([-1.0, 4.0, 10.0, 4.0, -1.0], device=amounts.device) / 16
+    padded = F.pad(amounts, (2, 2, 2, 2), mode="replicate")
+    return F.conv2d(F.conv2d(padded, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
 
 
 def pixel_order(maps: Tensor) -> Tensor:

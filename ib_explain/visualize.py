@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ib_explain.checks import check_images, check_maps, check_positive_int
+from ib_explain.maps import in_bits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +61,7 @@ def visualize(
         mean, std: of the normalisation, one number or one a channel, where `model` does not tell them.
         titles: one a row, such as the class that is explained.
         unit: what the maps measure, written on the colour bar; a mapping of names to units where they differ. For
-            "bits", an amount, the sum of each map is written below it.
+            "bits" and "bits about the class", amounts, the sum of each map is written below it.
         scale: "shared", one scale for all maps of a unit; "row", one for each image and unit, for patterns of images
             whose amounts differ widely: rows can then not be compared.
 
@@ -383,7 +384,7 @@ def _draw_bar(axes: Axes, scale: _Scale) -> None:
     low = -1.0 if scale.signed else 0.0
     ramp = _rgba(np.linspace(low, 1, 256), scale.signed)
     coloured = 1 + (ramp[None, :, :3] - 1) * ramp[None, :, 3:]
-    unit = {"bits": "bits per pixel"}.get(scale.unit, scale.unit)
+    unit = f"{scale.unit} per pixel" if in_bits(scale.unit) else scale.unit
     axes.tick_params(labelsize=7, length=2, width=0.5, pad=1.5)
     for spine in axes.spines.values():
         spine.set_linewidth(0.5)
@@ -425,4 +426,4 @@ def _note(values: np.ndarray, unit: str) -> str:
     low, high = float(values.min()), float(values.max())
     if low == high:
         return "all zero" if low == 0 else f"constant {low:.3g}"
-    return f"{values.sum(dtype=np.float64):.3g} bits in all" if unit == "bits" else ""
+    return f"{values.sum(dtype=np.float64):.3g} bits in all" if in_bits(unit) else ""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ib_explain.bottleneck.anchors import Anchors
-from ib_explain.bottleneck.attention import AttentionNetwork, class_evidence, unit_scale
+from ib_explain.bottleneck.attention import AttentionNetwork, Reading, class_evidence, unit_scale
 from ib_explain.maps import without_lattice
 
 
@@ -47,42 +47,44 @@ def reads(gradient, batch=3):
 
     deep = [random(6, 4, 4), random(10, 2, 2)]
     if gradient:
-        return random(5, 8, 8), deep, random(5, 8, 8), [random(6, 4, 4), random(10, 2, 2)], None
-    return random(5, 8, 8), deep, None, [], random(7)
+        return Reading(random(5, 8, 8), deep, random(5, 8, 8), [random(6, 4, 4), random(10, 2, 2)], None)
+    return Reading(random(5, 8, 8), deep, None, [], random(7))
+
+
+def second_of(part):
+    """The second image's share of a field of a `Reading`."""
+    if part is None:
+        return None
+    return [p[1:2] for p in part] if isinstance(part, list) else part[1:2]
 
 
 @pytest.mark.parametrize("gradient", [True, False])
 def test_attention_is_a_probability_and_its_deviation_positive(gradient):
     network = AttentionNetwork(5, [6, 10], gradient=gradient, query_width=0 if gradient else 7)
-    mean, std = network(*reads(gradient))
+    mean, std = network(reads(gradient))
     assert mean.shape == std.shape == (3, 1, 8, 8)
     assert ((mean > 0) & (mean < 1)).all() and (std > 0).all()
 
 
 def test_the_scale_of_the_gradient_does_not_matter():
     network = AttentionNetwork(5, [6, 10], gradient=True, query_width=0)
-    features, deep, gradient, deep_gradients, _ = reads(True)
-    plain = network(features, deep, gradient, deep_gradients, None)[0]
-    scaled = network(features, deep, gradient * 1e-4, [g * 1e-4 for g in deep_gradients], None)[0]
-    torch.testing.assert_close(plain, scaled, rtol=1e-4, atol=1e-5)
+    reading = reads(True)
+    fainter = reading._replace(
+        gradient=reading.gradient * 1e-4, deep_gradients=[g * 1e-4 for g in reading.deep_gradients]
+    )
+    torch.testing.assert_close(network(reading)[0], network(fainter)[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gradient", [True, False])
 def test_attention_depends_on_the_class_and_not_on_the_batch(gradient):
     network = AttentionNetwork(5, [6, 10], gradient=gradient, query_width=0 if gradient else 7)
     torch.nn.init.normal_(network.head.weight, std=1.0)
-    features, deep, grad, deep_grads, query = reads(gradient)
-    whole = network(features, deep, grad, deep_grads, query)[0]
-    one = network(
-        features[1:2],
-        [d[1:2] for d in deep],
-        None if grad is None else grad[1:2],
-        [g[1:2] for g in deep_grads],
-        None if query is None else query[1:2],
-    )[0]
-    torch.testing.assert_close(whole[1:2], one, rtol=1e-5, atol=1e-5)
+    reading = reads(gradient)
+    whole = network(reading)[0]
+    second = Reading(*map(second_of, reading))
+    torch.testing.assert_close(whole[1:2], network(second)[0], rtol=1e-5, atol=1e-5)
     other_class = network(
-        features, deep, None if grad is None else -grad, deep_grads, None if query is None else -query
+        reading._replace(gradient=-reading.gradient) if gradient else reading._replace(query=-reading.query)
     )
     assert (other_class[0] - whole).abs().max() > 1e-3
 

@@ -271,7 +271,7 @@ TWO = """
 
     whole = images(48)
     data = list(whole.split(int(sys.argv[2])))
-    ib = IBAttention(tiny(), "stages.1").fit(data, steps=5, show_progress=False)
+    ib = IBAttention(tiny(), "stages.1", relevance=True).fit(data, steps=5, show_progress=False)
     from accelerate import PartialState
     if PartialState().is_main_process:
         ib.save(sys.argv[1])

@@ -1,4 +1,4 @@
-"""The attention network: what a clean pass showed -> mean and standard deviation of A at every position.
+"""The networks of a bottleneck: what a clean pass showed -> attention, or relevance, at every position of the grid.
 
 About 64 channels of 1x1 and 3x3 convolutions on the site's grid. It reads the site's normalised features, deeper
 features of the same pass, and either the target's gradient with the class evidence that follows from it, or, without a
@@ -8,18 +8,35 @@ features that are read, their class activation map.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["AttentionNetwork", "class_evidence", "unit_scale"]
+__all__ = ["AttentionNetwork", "Reading", "RelevanceNetwork", "class_evidence", "unit_scale"]
 
 WIDTH = 64
 START = 1.0  # logit of the attention before training: open at .73, so that the first predictions are nearly the host's
 
 
-class AttentionNetwork(nn.Module):
-    """Evidence on a grid -> attention, a Gaussian per position.
+class Reading(NamedTuple):
+    """What the networks read of a clean pass, normalised. Either the gradients are there, or the query."""
+
+    features: Tensor
+    """Of the site, (B, C, h, w)."""
+    deep: list[Tensor]
+    """Of deeper layers, each (B, C', h', w')."""
+    gradient: Tensor | None
+    """Of the target's log-odds with respect to `features`, (B, C, h, w)."""
+    deep_gradients: list[Tensor]
+    """The same with respect to `deep`."""
+    query: Tensor | None
+    """Of the target class, (B, Q)."""
+
+
+class _GridNetwork(nn.Module):
+    """Evidence on a grid -> hidden values at each position.
 
     Args:
         channels: C of the site.
@@ -39,27 +56,10 @@ class AttentionNetwork(nn.Module):
         self.evidence = nn.Conv2d(evidence, WIDTH, 1, bias=False)
         self.near = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, padding_mode="replicate")
         self.far = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, padding_mode="replicate")
-        self.head = nn.Conv2d(WIDTH, 2, 1)
-        nn.init.normal_(self.head.weight, std=0.02)
-        self.head.bias = nn.Parameter(torch.tensor([START, -3.0]))
 
-    def forward(
-        self,
-        features: Tensor,
-        deep: list[Tensor],
-        gradient: Tensor | None,
-        deep_gradients: list[Tensor],
-        query: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of A, each (B, 1, h, w).
-
-        Args:
-            features: normalised site features, (B, C, h, w).
-            deep: normalised deeper features, each (B, C', h', w').
-            gradient: of the target's log-odds with respect to `features`, (B, C, h, w).
-            deep_gradients: the same with respect to `deep`.
-            query: of the target class, (B, Q).
-        """
+    def hidden(self, reading: Reading) -> Tensor:
+        """What a head turns into values, (B, WIDTH, h, w)."""
+        features, deep, gradient, deep_gradients, query = reading
         grid = features.shape[-2:]
         hidden = self.site(features)
         read = [conv(d) for conv, d in zip(self.deep, deep, strict=True)]
@@ -76,12 +76,38 @@ class AttentionNetwork(nn.Module):
                 evidence.append(unit_scale(_onto(_class_activation([features, *deep][-1], query), grid)))
             hidden = hidden * (1 + weight) + shift
         else:
-            raise ValueError("the attention network needs the target's gradient or a query of the class, got neither")
+            raise ValueError("the network needs the target's gradient or a query of the class, got neither")
         hidden = F.gelu(hidden + self.evidence(torch.cat(evidence, dim=1)))
         hidden = hidden + F.gelu(self.near(hidden))
-        hidden = hidden + F.gelu(self.far(hidden))
-        logit, spread = self.head(hidden).chunk(2, dim=1)
+        return hidden + F.gelu(self.far(hidden))
+
+
+class AttentionNetwork(_GridNetwork):
+    """Evidence on a grid -> attention, a Gaussian per position."""
+
+    def __init__(self, channels: int, deep_channels: list[int], *, gradient: bool, query_width: int) -> None:
+        super().__init__(channels, deep_channels, gradient=gradient, query_width=query_width)
+        self.head = nn.Conv2d(WIDTH, 2, 1)
+        nn.init.normal_(self.head.weight, std=0.02)
+        self.head.bias = nn.Parameter(torch.tensor([START, -3.0]))
+
+    def forward(self, reading: Reading) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of A, each (B, 1, h, w)."""
+        logit, spread = self.head(self.hidden(reading)).chunk(2, dim=1)
         return logit.sigmoid(), F.softplus(spread)
+
+
+class RelevanceNetwork(_GridNetwork):
+    """Evidence on a grid -> signed shares of the label's information, at first none: evenly spread."""
+
+    def __init__(self, channels: int, deep_channels: list[int], *, gradient: bool, query_width: int) -> None:
+        super().__init__(channels, deep_channels, gradient=gradient, query_width=query_width)
+        self.head = nn.Conv2d(WIDTH, 1, 1, bias=False)  # only differences between positions count
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, reading: Reading) -> Tensor:
+        """(B, 1, h, w), of order 1."""
+        return self.head(self.hidden(reading))
 
 
 def unit_scale(values: Tensor) -> Tensor:

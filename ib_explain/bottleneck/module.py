@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.bottleneck.anchors import Anchors
-from ib_explain.bottleneck.attention import AttentionNetwork
+from ib_explain.bottleneck.attention import AttentionNetwork, Reading, RelevanceNetwork
 from ib_explain.bottleneck.gates import GATES
 from ib_explain.bottleneck.information import MOST_ATTENTION, energy
 from ib_explain.layouts import Layout
 from ib_explain.observation import Observation
+from ib_explain.relevance import label_information
 from ib_explain.statistics import Moments
 
 __all__ = ["Attention", "Bottleneck", "Restriction", "empty_bottleneck"]
@@ -98,6 +99,8 @@ class Bottleneck(nn.Module):
         gradient: whether the attention reads the target's gradient.
         classes: one row for each class (K, D), from which the class query is made; None with `gradient`.
         anchors: number of anchor values, 0 for none.
+        relevance: the number of classes K for a bottleneck that also tells the label's information, 0 for one that
+            does not.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Bottleneck(nn.Module):
         gradient: bool,
         classes: Tensor | None,
         anchors: int = 0,
+        relevance: int = 0,
     ) -> None:
         super().__init__()
         self.restriction = restriction
@@ -121,6 +125,11 @@ class Bottleneck(nn.Module):
             rows = classes.detach().float()
             self.register_buffer("classes", (rows - rows.mean(dim=0)) / rows.std().clamp_min(1e-12))
         self.anchors = Anchors(anchors) if anchors else None
+        self.relevance = None
+        if relevance:
+            self.relevance = RelevanceNetwork(channels, deep_channels, gradient=gradient, query_width=width)
+            # Mean of ln p over noise and images with nothing let through; the fit fills it in.
+            self.register_buffer("closed", torch.zeros(1, relevance))
 
     def attend(self, seen: Observation, noise: Tensor | None = None) -> Attention:
         """Attention for the observed images and their targets.
@@ -129,24 +138,43 @@ class Bottleneck(nn.Module):
             seen: a clean pass.
             noise: (B, 1, h, w), N(0, 1): A is sampled as mean + std * noise; None for the mean.
         """
-        site = self.restriction.moments
-        deep = [m for m in self.deep if isinstance(m, Normaliser)]
-        gradient, deep_gradients, query = None, [], None
-        if self.gradient and seen.gradient is not None:
-            gradient = site.of_gradient(seen.gradient)
-            deep_gradients = [m.of_gradient(g) for m, g in zip(deep, seen.deep_gradients, strict=True)]
-        else:
-            query = self.get_buffer("classes")[seen.target]
-        read = [m(d) for m, d in zip(deep, seen.deep, strict=True)]
-        mean, std = self.network(site(seen.features), read, gradient, deep_gradients, query)
+        mean, std = self.network(self._read(seen))
         value = mean if noise is None else (mean + std * noise).clamp(0, MOST_ATTENTION)
         loss = mean.new_zeros(())
         if self.anchors is not None:
             value, loss = self.anchors(value)
         return Attention(mean, std, value, loss)
 
+    def label_bits(self, seen: Observation) -> Tensor:
+        """Bits about the target that each position brings, signed, (B, 1, h, w); see `ib_explain.relevance`.
 
-def empty_bottleneck(tensors: dict[str, Tensor], *, gate: str, deeper: int, gradient: bool, anchors: int) -> Bottleneck:
+        Their sum is what the host knows of the target, log2 p(target | x) - E log2 p(target | nothing).
+
+        Raises:
+            RuntimeError: built without relevance.
+        """
+        if self.relevance is None:
+            raise RuntimeError("this bottleneck was built without relevance")
+        total = label_information(seen.logits, self.get_buffer("closed"), seen.target)[:, None, None, None]  # (B,1,1,1)
+        shares = self.relevance(self._read(seen)).float()  # (B, 1, h, w)
+        shares = shares - shares.mean(dim=(2, 3), keepdim=True)
+        # One unit of share is an even part of the bits at hand; a bit where there are none.
+        return (total + shares * (1 + total.abs())) / shares[0].numel()
+
+    def _read(self, seen: Observation) -> Reading:
+        """What the networks read of a clean pass, normalised."""
+        site = self.restriction.moments
+        deep = [m for m in self.deep if isinstance(m, Normaliser)]
+        read = [m(d) for m, d in zip(deep, seen.deep, strict=True)]
+        if self.gradient and seen.gradient is not None:
+            deep_gradients = [m.of_gradient(g) for m, g in zip(deep, seen.deep_gradients, strict=True)]
+            return Reading(site(seen.features), read, site.of_gradient(seen.gradient), deep_gradients, None)
+        return Reading(site(seen.features), read, None, [], self.get_buffer("classes")[seen.target])
+
+
+def empty_bottleneck(
+    tensors: dict[str, Tensor], *, gate: str, deeper: int, gradient: bool, anchors: int, relevance: bool
+) -> Bottleneck:
     """Build a bottleneck of the shapes of stored tensors and fill it with them.
 
     Raises:
@@ -159,6 +187,7 @@ def empty_bottleneck(tensors: dict[str, Tensor], *, gate: str, deeper: int, grad
     sides = sum(name.startswith("restriction.side_") for name in tensors)
     restriction = Restriction(gate, site, [tensors[f"restriction.side_{index}"] for index in range(sides)])
     classes = None if gradient else tensors["classes"]
-    bottleneck = Bottleneck(restriction, deep, gradient=gradient, classes=classes, anchors=anchors)
+    count = tensors["closed"].shape[1] if relevance else 0
+    bottleneck = Bottleneck(restriction, deep, gradient=gradient, classes=classes, anchors=anchors, relevance=count)
     bottleneck.load_state_dict(tensors)
     return bottleneck

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import ib_explain.methods  # noqa: F401 - fills METHODS
 from ib_explain.attribution import attribute as make_maps
+from ib_explain.checks import did_you_mean
 from ib_explain.commands.common import (
     check_data,
     class_folders,
@@ -32,8 +33,9 @@ from ib_explain.data.images import ImageFiles, LabelledImages, list_images, open
 from ib_explain.data.preprocessing import Preprocess
 from ib_explain.hooks import host_device
 from ib_explain.hosts import class_names
-from ib_explain.ib import IBAttention
+from ib_explain.ib import OUTPUTS, IBAttention
 from ib_explain.io import host_facts, read_folder
+from ib_explain.maps import in_bits
 from ib_explain.methods.base import METHODS
 from ib_explain.progress import Progress
 from ib_explain.targets import resolve_target
@@ -82,14 +84,14 @@ def run(args: argparse.Namespace) -> int:
                 method=fitted or args.method,
                 layer=args.layer,
                 seed=args.seed,
-                **({"refine": args.refine} if fitted else {}),
+                **({"refine": args.refine, "output": args.output} if fitted else {}),
             )
             for row, item in enumerate(items):
                 index = int(target[row])
                 facts = {
                     "image": str(below[item.place][0]),
                     "unit": unit,
-                    "bits": float(maps[row].sum()) if unit == "bits" else math.nan,
+                    "bits": float(maps[row].sum()) if in_bits(unit) else math.nan,
                     "target": index,
                     "target_name": classes[index] if classes else "",
                     "probability": float(shares[row, index]),
@@ -143,14 +145,20 @@ def _check(args: argparse.Namespace) -> tuple[str, tuple[int, int, int] | None]:
     if args.bottleneck is None:
         if args.refine:
             raise ValueError("--refine starts from a fitted bottleneck; give --bottleneck FOLDER")
+        if args.output != "bits":
+            raise ValueError(f"--output {args.output} is of a fitted bottleneck; give --bottleneck FOLDER")
         check_data(args)
         return str(METHODS.get(args.method).unit), None  # type: ignore[attr-defined]
     if args.layer is not None or args.method != "ib":
         raise ValueError("a bottleneck has its own layer and method; leave --layer and --method out")
+    if args.output not in OUTPUTS:
+        raise ValueError(f"unknown output {args.output!r}{did_you_mean(args.output, OUTPUTS)}")
     check_data(args)
     _, config = read_folder(args.bottleneck)
     channels, height, width = config["input_size"]
-    return "bits", (channels, height, width)
+    if args.output == "relevance" and not config.get("relevance"):
+        raise ValueError(f"{args.bottleneck} was fitted without --relevance")
+    return OUTPUTS[args.output], (channels, height, width)
 
 
 def _pictures(args: argparse.Namespace, problems: list[str]) -> tuple[Pictures, list[tuple[Path, Path]]]:
@@ -203,7 +211,8 @@ def _command(args: argparse.Namespace, host: nn.Module, size: tuple[int, int, in
     if args.bottleneck is None:
         return command | {"method": args.method, "layer": args.layer}
     content = (args.bottleneck / "bottleneck.safetensors").read_bytes()
-    return command | {"bottleneck": hashlib.sha256(content).hexdigest()[:16], "refine": args.refine}
+    chosen = {"refine": args.refine} | ({} if args.output == "bits" else {"output": args.output})
+    return command | {"bottleneck": hashlib.sha256(content).hexdigest()[:16], **chosen}
 
 
 def _title(facts: dict[str, Any]) -> str:
@@ -229,12 +238,12 @@ def _report(path: Path, rows: Sequence[dict[str, Any]], before: int, unit: str) 
     """Say what was made and where it is."""
     width = max((len(row["name"]) for row in rows[:LISTED]), default=0)
     for row in rows[:LISTED]:
-        amount = f"{row['bits']:7.1f} bits" if unit == "bits" else ""
+        amount = f"{row['bits']:7.1f} {unit}" if in_bits(unit) else ""
         print(f"{row['name']:<{width}}  {_title(row)}  {amount}".rstrip())
     if len(rows) > LISTED:
         print(f"... and {len(rows) - LISTED} more")
     known = f", {before} of them from before" if before else ""
-    mean = f"; {sum(row['bits'] for row in rows) / len(rows):.1f} bits an image" if rows and unit == "bits" else ""
+    mean = f"; {sum(row['bits'] for row in rows) / len(rows):.1f} {unit} an image" if rows and in_bits(unit) else ""
     print(f"{len(rows)} maps{known}{mean}")
     if not rows:
         return

@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("fit needs training images; give --data ROOT or --dataset NAME")
     check_data(args)
     host, size = load_with_size(args)
-    ib = IBAttention(host, args.layer, gate=args.gate, reads=args.reads, anchors=args.anchors, seed=args.seed)
+    options = {name: getattr(args, name) for name in ("gate", "reads", "anchors", "relevance", "seed")}
+    ib = IBAttention(host, args.layer, **options)
     data = open_dataset(args.data, args.split, preprocess_for(host, size), name=args.dataset)
     sized = not isinstance(data, IterableDataset)
     loader = DataLoader(
