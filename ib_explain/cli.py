@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--gate", default="gaussian", metavar="NAME", help="gaussian, noise or residual (gaussian)")
     fit.add_argument("--reads", default="gradient", metavar="WHAT", help="gradient or features (gradient)")
     fit.add_argument("--anchors", type=_natural, default=0, metavar="N", help="learnable levels of attention (0: none)")
-    fit.add_argument("--relevance", action="store_true", help="learn bits about the class, too, for attribute --output")
+    fit.add_argument("--relevance", action="store_true", help="learn label bits, too, for attribute --output")
     fit.add_argument("--objective", default="prediction", metavar="WHAT", help="prediction or label (prediction)")
     fit.add_argument("--precision", metavar="TYPE", help="fp32, bf16 or fp16 (the launcher's, else fp32)")
     _out(fit, "folder of the bottleneck", "MODEL-ib")

@@ -255,11 +255,10 @@ class _Trainer:
         # A batch in which no image tells more than average content (an untrained host's) still moves the attention.
         worth = torch.where(self._mean_over_processes(worth.sum()) > 0, worth, torch.ones_like(worth))
         loss = (worth * (kept + beta * cost)).mean() + attention.loss
-        if bottleneck.relevance is not None:
-            loss = loss + self._relevance_loss(seen, noise)
+        error = loss.new_zeros(()) if bottleneck.relevance is None else self._relevance_error(seen, noise)
         self._schedule()
         self.optimiser.zero_grad()
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss + error).backward()
         self._join_gradients()
         self.scaler.step(self.optimiser)
         self.scaler.update()
@@ -268,7 +267,7 @@ class _Trainer:
         asked, agreed = seen.target == top, logits.argmax(1) == top
         lost = kept - F.cross_entropy(seen.logits.float(), seen.target, reduction="none")
         bits = passed.sum(dim=(1, 2, 3)).mean()
-        means = [lost.mean(), bits, attention.mean.mean(), stake.mean(), beta.mean()]
+        means = [lost.mean(), bits, attention.mean.mean(), stake.mean(), beta.mean(), error]
         figures = torch.stack([loss, *means, (asked & agreed).sum(), asked.sum()]).detach()
         self._follow(figures.float())
         self.step_number += 1
@@ -341,30 +340,32 @@ class _Trainer:
             self.closed = now if self.closed is None else 0.7 * self.closed + 0.3 * now
         return self.closed
 
-    def _relevance_loss(self, seen: Observation, noise: _BatchNoise) -> Tensor:
-        """Error of the relevance of a random set of positions and of all others."""
+    def _relevance_error(self, seen: Observation, noise: _BatchNoise) -> Tensor:
+        """Of a random set of positions in each image, and of all others: see `regression_loss`."""
         bottleneck = self.bottleneck
         with self.autocast():
             relevance = bottleneck.label_bits(seen)
         chosen = coalitions(noise.uniform(), noise.normal((1, *self.place.site.grid)))
         mixed = noise.normal(seen.features.shape[1:])
-        loss = relevance.new_zeros(())
+        error = relevance.new_zeros(())
         for passing in (chosen, 1 - chosen):
             with torch.no_grad(), self.autocast():
                 logits = seen.tail(bottleneck.restriction.apply_to(seen, self.place.site.layout, passing, mixed))
             worth = label_information(logits, bottleneck.get_buffer("closed"), seen.target)
-            loss = loss + regression_loss(relevance, passing, worth).mean() / 2
-        return loss
+            error = error + regression_loss(relevance, passing, worth).mean() / 2
+        return error
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return values if self.share.world == 1 else self.accelerator.reduce(values, reduction="mean")
 
     def _follow(self, values: Tensor) -> None:
         """Update the running figures from this step (the same on every process)."""
-        loss, lost, bits, opened, stake, beta, agreed, asked = self._mean_over_processes(values).tolist()
+        loss, lost, bits, opened, stake, beta, error, agreed, asked = self._mean_over_processes(values).tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss became {loss} at step {self.step_number}; try a smaller lr or fp32")
         now = {"loss": loss, "bits": bits, "attention": opened, "lost": lost / stake, "beta": beta}
+        if self.bottleneck.relevance is not None:
+            now["relevance_error"] = error
         now["agreement"] = agreed / asked if asked else self.figures.get("agreement", 1.0)
         old = self.figures or now
         self.figures = {name: 0.95 * old[name] + 0.05 * value for name, value in now.items()}

@@ -44,7 +44,7 @@ from ib_explain.targets import Target, class_rows
 __all__ = ["OUTPUTS", "IBAttention"]
 
 READS = ("gradient", "features")
-OUTPUTS = {"bits": "bits", "attention": "attention", "relevance": "bits about the class"}  # with their units
+OUTPUTS = {"bits": "bits", "attention": "attention", "relevance": "label bits"}  # with their units
 OPTIONS = ("gate", "reads", "anchors", "per_element", "relevance", "seed")  # that a saved bottleneck is built with
 OBJECTIVES = ("prediction", "label")
 REFERENCE_IMAGES = 32
@@ -266,8 +266,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             additional_forward_args: further arguments of the host's forward.
             refine: steps of per-image optimisation that start from the fitted attention.
             output: "bits", information that passes at each pixel, non-negative, its sum the image's bits;
-                "attention", A in [0, 1]; or, where it was fitted, "relevance", bits about the class that each pixel
-                brings, signed, their sum log2 p(class | x) - E log2 p(class | nothing).
+                "attention", A in [0, 1]; or, where it was fitted, "relevance", label bits: what each pixel tells of
+                the class, signed, their sum log2 p(class | x) - E log2 p(class | nothing).
 
         Returns:
             (B, 1, H, W) float32 on the inputs' device, detached. For Captum's `infidelity`, `.expand_as(inputs)` it.

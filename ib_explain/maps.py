@@ -13,7 +13,7 @@ __all__ = ["in_bits", "pixel_order", "resize", "spread", "spread_signed", "witho
 
 def in_bits(unit: str) -> bool:
     """Whether maps of this unit are amounts of information, so that the sum over pixels means something."""
-    return unit.split(" ")[0] == "bits"
+    return unit in ("bits", "label bits")
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:

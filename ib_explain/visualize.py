@@ -61,7 +61,7 @@ def visualize(
         mean, std: of the normalisation, one number or one a channel, where `model` does not tell them.
         titles: one a row, such as the class that is explained.
         unit: what the maps measure, written on the colour bar; a mapping of names to units where they differ. For
-            "bits" and "bits about the class", amounts, the sum of each map is written below it.
+            "bits" and "label bits", amounts, the sum of each map is written below it.
         scale: "shared", one scale for all maps of a unit; "row", one for each image and unit, for patterns of images
             whose amounts differ widely: rows can then not be compared.
 

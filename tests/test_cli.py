@@ -228,6 +228,25 @@ def test_attribute_reads_a_data_set_and_its_labels(bottleneck, host, pictures, t
     assert all(row["target_name"] in set("abcde") for row in rows)
 
 
+def test_relevance_is_fitted_and_drawn_where_it_is_asked_for(bottleneck, host, pictures, tmp_path, capsys):
+    options = ["--data", pictures, "--split", "train", "--workers", 0]
+    fit = ["fit", *host, *options, "--steps", 2, "--batch-size", 4, "--relevance", "--out", tmp_path / "ib"]
+    assert main([str(word) for word in fit]) == 0
+    assert json.loads((tmp_path / "ib" / "config.json").read_text())["record"]["final_relevance_error"] > 0
+    capsys.readouterr()
+    words = ["attribute", *host, *options, "--limit", 2, "--output", "relevance", "--out", tmp_path / "maps"]
+    assert "was fitted without --relevance" in fails(capsys, *words, "--bottleneck", bottleneck)
+    assert "--output relevance is of a fitted bottleneck" in fails(capsys, *words)
+    words += ["--bottleneck", tmp_path / "ib"]
+    assert "did you mean 'relevance'" in fails(capsys, *words, "--output", "relevanse")
+    assert main([str(word) for word in words]) == 0
+    assert "label bits an image" in capsys.readouterr().out
+    with np.load(tmp_path / "maps" / "a" / "0.npz") as raw:
+        assert raw["unit"] == "label bits" and raw["bits"] == pytest.approx(raw["map"].sum(), abs=1e-4)
+    words[words.index("relevance")] = "bits"  # another command must not mix its maps with these
+    assert "--overwrite" in fails(capsys, *words)
+
+
 def test_a_target_out_of_range_is_one_line(host, pictures, tmp_path, capsys):
     picture = pictures / "train" / "a" / "0.png"
     line = fails(capsys, "attribute", *host, picture, "--target", 7, "--out", tmp_path / "m", "--workers", 0)

@@ -173,7 +173,7 @@ class TestAttribute:
     def test_in_a_benchmark_it_has_its_own_unit(self):
         ib = fit()
         both = contenders_of({"bits": ib, "relevance": (ib, {"output": "relevance"})}, ib.host)
-        assert [contender.unit for contender in both] == ["bits", "bits about the class"]
+        assert [contender.unit for contender in both] == ["bits", "label bits"]
 
 
 class TestFit:
