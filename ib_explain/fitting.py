@@ -334,25 +334,34 @@ class _Trainer:
                 passing = noise.normal(seen.features.shape[1:])
                 logits = seen.tail(self.bottleneck.restriction.apply_to(seen, self.place.site.layout, nothing, passing))
             now = self._mean_over_processes(logits.float().softmax(dim=1).mean(dim=0, keepdim=True))
-            if self.bottleneck.relevance is not None:
-                logs = self._mean_over_processes(logits.float().log_softmax(dim=1).mean(dim=0, keepdim=True))
-                self.bottleneck.get_buffer("closed").lerp_(logs, 1 / (self.step_number // 16 + 1))  # mean of all looks
             self.closed = now if self.closed is None else 0.7 * self.closed + 0.3 * now
         return self.closed
 
     def _relevance_error(self, seen: Observation, noise: _BatchNoise) -> Tensor:
         """Of a random set of positions in each image, and of all others: see `regression_loss`."""
-        bottleneck = self.bottleneck
-        with self.autocast():
-            relevance = bottleneck.label_bits(seen)
+        bottleneck, layout = self.bottleneck, self.place.site.layout
         chosen = coalitions(noise.uniform(), noise.normal((1, *self.place.site.grid)))
         mixed = noise.normal(seen.features.shape[1:])
+
+        def said(passing: Tensor) -> Tensor:
+            with torch.no_grad(), self.autocast():
+                return seen.tail(bottleneck.restriction.apply_to(seen, layout, passing, mixed)).float()
+
+        nothing = said(torch.zeros_like(chosen))
+        closed, typical = bottleneck.get_buffer("closed"), bottleneck.get_buffer("typical_bits")
+        now = self._mean_over_processes(nothing.log_softmax(dim=1).mean(dim=0, keepdim=True))
+        closed.lerp_(now, 1 / (self.step_number + 1))  # the mean of all steps
+        total = label_information(seen.logits, closed, seen.target).abs().mean()
+        typical.lerp_(self._mean_over_processes(total), 1 / (self.step_number + 1))
+        by_chance = label_information(nothing, closed, seen.target)
+        with self.autocast():
+            relevance = bottleneck.label_bits(seen)
         error = relevance.new_zeros(())
         for passing in (chosen, 1 - chosen):
-            with torch.no_grad(), self.autocast():
-                logits = seen.tail(bottleneck.restriction.apply_to(seen, self.place.site.layout, passing, mixed))
-            worth = label_information(logits, bottleneck.get_buffer("closed"), seen.target)
-            error = error + regression_loss(relevance, passing, worth).mean() / 2
+            worth = label_information(said(passing), closed, seen.target)
+            # Of small sets the noise says more than they do; what it says alone is known, and zero in the mean.
+            worth = worth - (1 - passing.mean(dim=(1, 2, 3))) * by_chance
+            error = error + regression_loss(relevance / typical, passing, worth / typical).mean() / 2
         return error
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:

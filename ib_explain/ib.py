@@ -80,7 +80,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         anchors: number of learnable anchor values that quantise the attention; 0 for none.
         per_element: statistics per feature element instead of per channel; ties the bottleneck to one input size.
         relevance: `fit` also learns the label's information of each position (`ib_explain.relevance`), for
-            `attribute(output="relevance")`; a step then takes two more passes behind the layer.
+            `attribute(output="relevance")`; a step then takes three more passes behind the layer.
         seed: of everything random.
 
     Attributes:

@@ -51,14 +51,11 @@ def coalitions(uniform: Tensor, order: Tensor) -> Tensor:
 
 
 def regression_loss(relevance: Tensor, chosen: Tensor, worth: Tensor) -> Tensor:
-    """Squared error of the sum over the set, relative to the image's bits and one bit more: (B,).
-
-    The scale weighs images, not positions, so each image's minimum stays its Shapley values.
+    """Squared error of the sum over the set, (B,).
 
     Args:
-        relevance: in bits, (B, 1, h, w).
+        relevance: of each position, (B, 1, h, w).
         chosen: sets, 1 or 0, (B, 1, h, w).
-        worth: v(S) in bits, (B,).
+        worth: v(S) in the same unit, (B,).
     """
-    scale = 1 + relevance.detach().sum(dim=(1, 2, 3)).abs()
-    return (((relevance * chosen).sum(dim=(1, 2, 3)) - worth) / scale).square()
+    return ((relevance * chosen).sum(dim=(1, 2, 3)) - worth).square()

@@ -128,8 +128,9 @@ class Bottleneck(nn.Module):
         self.relevance = None
         if relevance:
             self.relevance = RelevanceNetwork(channels, deep_channels, gradient=gradient, query_width=width)
-            # Mean of ln p over noise and images with nothing let through; the fit fills it in.
+            # The fit fills them in: mean of ln p with nothing let through, and the label bits of a typical image.
             self.register_buffer("closed", torch.zeros(1, relevance))
+            self.register_buffer("typical_bits", torch.ones(()))
 
     def attend(self, seen: Observation, noise: Tensor | None = None) -> Attention:
         """Attention for the observed images and their targets.
@@ -158,8 +159,7 @@ class Bottleneck(nn.Module):
         total = label_information(seen.logits, self.get_buffer("closed"), seen.target)[:, None, None, None]  # (B,1,1,1)
         shares = self.relevance(self._read(seen)).float()  # (B, 1, h, w)
         shares = shares - shares.mean(dim=(2, 3), keepdim=True)
-        # One unit of share is an even part of the bits at hand; a bit where there are none.
-        return (total + shares * (1 + total.abs())) / shares[0].numel()
+        return (total + shares * self.get_buffer("typical_bits")) / shares[0].numel()
 
     def _read(self, seen: Observation) -> Reading:
         """What the networks read of a clean pass, normalised."""
