@@ -181,7 +181,7 @@ class TestFit:
         plain = IBAttention(tiny()).fit([images(8)], steps=6, show_progress=False).bottleneck.state_dict()
         both = fit().bottleneck.state_dict()
         assert all(torch.equal(value, both[name]) for name, value in plain.items())
-        assert {name.split(".")[0] for name in both.keys() - plain.keys()} == {"relevance", "closed"}
+        assert {name.split(".")[0] for name in both.keys() - plain.keys()} == {"relevance", "closed", "typical_bits"}
 
     @pytest.mark.parametrize("reads", ["gradient", "features"])
     def test_saved_and_loaded(self, tmp_path, reads):
