@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TINY = {
     "class_conditional.py": ["--steps", "2", "--images", "64"],
     "compare_methods.py": ["--images", "4"],
+    "for_and_against.py": ["--steps", "2", "--images", "64"],
     "quickstart.py": ["--steps", "2", "--images", "64"],
     "your_own_model.py": ["--steps", "2"],
 }
