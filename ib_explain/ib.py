@@ -87,7 +87,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         record: what the last fit was and reached, a dict; None before.
 
     Raises:
-        TypeError: `model` is no eager nn.Module.
+        TypeError: `model` is no eager nn.Module, or `relevance` no bool.
         ValueError: no such layer, gate or reads (with the nearest names).
     """
 
@@ -109,7 +109,10 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         module = layer if layer is None or isinstance(layer, nn.Module) else find_module(host, layer)
         self.layer_name = None if module is None else module_name(host, module)
         super().__init__(model, module)
-        if relevance and not GATES.get(gate).measures_bits:
+        measures_bits = GATES.get(gate).measures_bits
+        if not isinstance(relevance, bool):
+            raise TypeError(f"relevance must be True or False, got {relevance!r}")
+        if relevance and not measures_bits:
             raise ValueError(f"the {gate!r} gate passes everything, so it has no relevance; use gate='gaussian'")
         if reads not in READS:
             raise ValueError(f"unknown reads {reads!r}{did_you_mean(str(reads), READS)}")

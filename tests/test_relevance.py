@@ -169,6 +169,8 @@ class TestAttribute:
             fit().attribute(images(1), output="relevance", refine=3)
         with pytest.raises(ValueError, match="'residual' gate passes everything"):
             IBAttention(tiny(), gate="residual", relevance=True)
+        with pytest.raises(TypeError, match="relevance must be True or False, got 'yes'"):
+            IBAttention(tiny(), relevance="yes")
 
     def test_in_a_benchmark_it_has_its_own_unit(self):
         ib = fit()
