@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import ib_explain as ibx
 from ib_explain.data.batches import Batches
-from ib_explain.fitting import FitSettings, make_accelerator
+from ib_explain.fitting import DEFAULT_IMAGES, FitSettings, make_accelerator
 from ib_explain.fitting import _Trainer as Trainer
 from ib_explain.hooks import frozen
 from ib_explain.io import versions
@@ -158,7 +158,21 @@ def fit_one(name: str, reads: str, options: argparse.Namespace) -> dict[str, obj
             found[label] = compare(
                 label, lambda: trainer.step(x, None), lambda reading=reading: plain(host, place, x, reading), options
             )
+    label = f"{name}: default fit of {DEFAULT_IMAGES:,} images, {reads} / training passes over 10,000 images"
+
+    def step() -> None:
+        with frozen(host):
+            trainer.step(x, None)
+
+    share = DEFAULT_IMAGES / 10_000
+    found[label] = compare(label, step, lambda: training_pass(host, x), options, factor=share)
     return found
+
+
+def training_pass(host: nn.Module, x: Tensor) -> None:
+    """Forward and backward through the whole host, to all of its parameters."""
+    logits = host(x)
+    torch.autograd.grad(F.cross_entropy(logits, logits.detach().argmax(1)), list(host.parameters()))
 
 
 def plain(host: nn.Module, place, x: Tensor, reading: int = 0) -> None:
