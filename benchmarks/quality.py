@@ -101,8 +101,9 @@ def main() -> None:
     if options.methods == "all":
         host.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # DeepLIFT refuses the other one
         boards.append(run("extras", host, data, q.extras(layer, examples, int(examples.shape[-1])), options))
-        rise = {f"rise {options.rise_masks}": ("rise", {"masks": options.rise_masks})}
-        boards.append(run(f"rise-{options.rise_masks}", host, data, rise, options))
+        if options.rise_masks:
+            rise = {f"rise {options.rise_masks}": ("rise", {"masks": options.rise_masks})}
+            boards.append(run(f"rise-{options.rise_masks}", host, data, rise, options))
 
     folder = RESULTS / (options.name or options.host) if options.split == "val" else options.out / "table"
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=lambda text: [int(word) for word in text.split(",")], default=[0])
     parser.add_argument("--steps", type=int, help="of a fit; the package's default if left out")
     parser.add_argument("--methods", choices=["baselines", "core", "all"], default="core")
-    parser.add_argument("--rise-masks", type=int, default=4000)
+    parser.add_argument("--rise-masks", type=int, default=4000, help="of --methods all; 0 leaves RISE out")
     parser.add_argument("--bf16", action="store_true", help="the host computes in bfloat16: twice as fast on some CPUs")
     parser.add_argument("--hosts", type=Path, help="folder of swin, vit and mixer")
     parser.add_argument("--weights", type=Path, help="of the reference host")
