@@ -53,10 +53,11 @@ def main() -> None:
         attribute_works(host, options)[work]()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
-    found = json.loads(RESULTS.read_text())["ratios"] if RESULTS.exists() else {}
-    for part in options.part or ["attribute", "fit", "per_image", "memory"]:
-        found |= {"attribute": attribute, "fit": fit, "per_image": per_image, "memory": memory}[part](options)
-        RESULTS.write_text(json.dumps({**about(options), "ratios": found}, indent=2) + "\n")
+    parts = {"attribute": attribute, "fit": fit, "per_image": per_image, "memory": memory}
+    table = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for part in options.part or parts:  # one that is not asked for stays as it was
+        table[part] = {**about(options), "ratios": parts[part](options)}
+        RESULTS.write_text(json.dumps(table, indent=2) + "\n")
 
 
 def about(options: argparse.Namespace) -> dict[str, object]:
@@ -151,8 +152,8 @@ def fit_one(name: str, reads: str, options: argparse.Namespace) -> dict[str, obj
         trainer = Trainer(bottleneck, host, place, Batches([x], 0).share, settings, make_accelerator(x.device))
         trainer.step(x, None)  # the first and every sixteenth step also score the closed bottleneck; not timed here
         for label, reading in (
-            ("up to the site without autograd, forward and backward behind it", 0),
-            ("all passes that its targets and readings need, by hand", 2 if reads == "gradient" else 1),
+            ("up to the site without autograd, forward and backward behind it", False),
+            ("all passes that its targets, readings and prices need, by hand", True),
         ):
             label = f"{name}: fit step, {reads} / {label}"
             found[label] = compare(
@@ -175,12 +176,10 @@ def training_pass(host: nn.Module, x: Tensor) -> None:
     torch.autograd.grad(F.cross_entropy(logits, logits.detach().argmax(1)), list(host.parameters()))
 
 
-def plain(host: nn.Module, place, x: Tensor, reading: int = 0) -> None:
-    """Forward up to the site without autograd, forward and backward behind it (and the reading pass, if asked)."""
+def plain(host: nn.Module, place, x: Tensor, reading: bool) -> None:
+    """Forward up to the site without autograd, forward and backward behind it (and a clean pass there, if asked)."""
     with torch.no_grad():
-        seen = observe(host, place.site, x, gradient=reading == 2) if reading else None
-        if seen is None:
-            seen = Prefix(host, place, x)
+        seen = observe(host, place.site, x, gradient=True) if reading else Prefix(host, place, x)
         features = place.site.layout.to_grid(seen.output).detach()
     leaf = features.clone().requires_grad_()
     with torch.enable_grad():
