@@ -14,7 +14,7 @@ Hosts and images are those of `quality.py --split val`. One bottleneck is fitted
   default layer.
 - Label bits for the predicted class, the second one and one drawn at random.
 
-Writes results/quality/relevance.json (one entry a host) and HOST/relevance.png, eight images asked for two classes.
+Writes results/quality/relevance.json (one entry a host) and HOST/relevance.jpg, eight images asked for two classes.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
     everything = json.loads(OUT.read_text()) if OUT.is_file() else {}
     with replace_file(OUT) as file:
         file.write_text(json.dumps(everything | {options.host: found}, indent=1) + "\n")
-    draw(host, ib, x[:DRAWN], quality.RESULTS / options.host / "relevance.png")
+    draw(host, ib, x[:DRAWN], quality.RESULTS / options.host / "relevance.jpg")
     print(json.dumps(found, indent=1))
 
 
@@ -191,7 +191,7 @@ def draw(host: nn.Module, ib: ibx.IBAttention, x: Tensor, path: Path) -> None:
         maps[f"bits, {name}"] = ib.attribute(x, target)
         maps[f"relevance, {name}"] = relevance(ib)(x, target)
     units = {name: "bits" if name.startswith("bits") else "label bits" for name in maps}
-    ibx.visualize(x, maps, model=host, unit=units).savefig(path, dpi=100)
+    ibx.visualize(x, maps, model=host, unit=units).savefig(path, dpi=100, pil_kwargs={"quality": 85})
 
 
 if __name__ == "__main__":
