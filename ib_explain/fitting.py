@@ -33,7 +33,7 @@ from ib_explain.objective import PRICE, location_price, nats_at_stake, rate, wor
 from ib_explain.observation import Observation, observe
 from ib_explain.places import Place
 from ib_explain.progress import Progress
-from ib_explain.relevance import coalitions, label_information, regression_loss
+from ib_explain.relevance import LEAST_TYPICAL_BITS, coalitions, label_information, regression_loss
 from ib_explain.statistics import Moments, RunningMean, RunningMoments
 
 __all__ = ["FitSettings", "Statistics", "choose_precision", "estimate_statistics", "make_accelerator", "train"]
@@ -352,7 +352,7 @@ class _Trainer:
         now = self._mean_over_processes(nothing.log_softmax(dim=1).mean(dim=0, keepdim=True))
         closed.lerp_(now, 1 / (self.step_number + 1))  # the mean of all steps
         total = label_information(seen.logits, closed, seen.target).abs().mean()
-        typical.lerp_(self._mean_over_processes(total), 1 / (self.step_number + 1))
+        typical.lerp_(self._mean_over_processes(total), 1 / (self.step_number + 1)).clamp_min_(LEAST_TYPICAL_BITS)
         by_chance = label_information(nothing, closed, seen.target)
         with self.autocast():
             relevance = bottleneck.label_bits(seen)
@@ -370,8 +370,10 @@ class _Trainer:
     def _follow(self, values: Tensor) -> None:
         """Update the running figures from this step (the same on every process)."""
         loss, lost, bits, opened, stake, beta, error, agreed, asked = self._mean_over_processes(values).tolist()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss became {loss} at step {self.step_number}; try a smaller lr or fp32")
+        if not math.isfinite(loss + error):
+            raise FloatingPointError(
+                f"the loss became {loss + error} at step {self.step_number}; try a smaller lr or fp32"
+            )
         now = {"loss": loss, "bits": bits, "attention": opened, "lost": lost / stake, "beta": beta}
         if self.bottleneck.relevance is not None:
             now["relevance_error"] = error

@@ -18,7 +18,9 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["coalitions", "label_information", "regression_loss"]
+__all__ = ["LEAST_TYPICAL_BITS", "coalitions", "label_information", "regression_loss"]
+
+LEAST_TYPICAL_BITS = 0.1  # of a host that says the same of every image
 
 
 def label_information(logits: Tensor, closed: Tensor, target: Tensor) -> Tensor:

@@ -185,6 +185,13 @@ class TestFit:
         assert all(torch.equal(value, both[name]) for name, value in plain.items())
         assert {name.split(".")[0] for name in both.keys() - plain.keys()} == {"relevance", "closed", "typical_bits"}
 
+    def test_a_host_that_says_the_same_of_every_image_has_no_relevance_and_no_nan(self):
+        host = tiny()
+        torch.nn.init.zeros_(host.fc.weight)
+        ib = IBAttention(host, "stages.1", relevance=True).fit([images(8)], steps=3, show_progress=False)
+        heat = ib.attribute(images(2), output="relevance")
+        assert torch.isfinite(heat).all() and heat.sum(dim=(1, 2, 3)).abs().max() < 1e-5
+
     @pytest.mark.parametrize("reads", ["gradient", "features"])
     def test_saved_and_loaded(self, tmp_path, reads):
         ib = fit(reads=reads)
