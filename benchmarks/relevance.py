@@ -31,7 +31,7 @@ from typing import Any
 import quality
 import quality_methods as q
 import torch
-from sanity import told
+from sanity import asked, told
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -136,12 +136,8 @@ def correlation(first: Tensor, second: Tensor) -> Tensor:
 @torch.no_grad()
 def classes(host: nn.Module, ib: ibx.IBAttention, x: Tensor) -> dict[str, Any]:
     """Label bits by the class that is asked for."""
-    logits = torch.cat([host(part) for part in x.split(32)])
-    first, second = logits.topk(2, dim=1).indices.unbind(1)
-    offset = torch.randint(1, logits.shape[1], first.shape, generator=torch.Generator().manual_seed(0))
-    asked = {"predicted": first, "second": second, "random": (first + offset) % logits.shape[1]}
     found = {}
-    for name, target in asked.items():
+    for name, target in asked(host, x).items():
         parts = zip(x.split(32), target.split(32), strict=True)
         heat = torch.cat([relevance(ib)(part, classes) for part, classes in parts])
         found[name] = told(heat.sum(dim=(1, 2, 3)))

@@ -117,13 +117,18 @@ def maps(ib: ibx.IBAttention, x: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def classes(host: nn.Module, ib: ibx.IBAttention, x: Tensor) -> dict[str, Any]:
-    """Bits by the class that is asked for."""
+def asked(host: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Classes (B,) to ask for: the predicted one, the second one, and another one than the predicted at random."""
     logits = torch.cat([host(part) for part in x.split(32)])
     first, second = logits.topk(2, dim=1).indices.unbind(1)
     offset = torch.randint(1, logits.shape[1], first.shape, generator=torch.Generator().manual_seed(0))
-    asked = {"predicted": first, "second": second, "random": (first + offset) % logits.shape[1]}
-    bits = {name: maps(ib, x, target).sum(dim=(1, 2, 3)) for name, target in asked.items()}
+    return {"predicted": first, "second": second, "random": (first + offset) % logits.shape[1]}
+
+
+@torch.no_grad()
+def classes(host: nn.Module, ib: ibx.IBAttention, x: Tensor) -> dict[str, Any]:
+    """Bits by the class that is asked for."""
+    bits = {name: maps(ib, x, target).sum(dim=(1, 2, 3)) for name, target in asked(host, x).items()}
     return {
         "bits": {name: told(values) for name, values in bits.items()},
         "fewer bits for a random class": told((bits["random"] < bits["predicted"]).float()),
