@@ -104,3 +104,15 @@ def images(count: int = 4, size: int = 24, seed: int = 0) -> Tensor:
     coarse = torch.randn(count, 3, 6, 6, generator=generator)
     fine = torch.randn(count, 3, size, size, generator=generator)
     return nn.functional.interpolate(coarse, size=(size, size), mode="bilinear") * 1.5 + 0.5 * fine
+
+
+class Brightness(nn.Module):
+    """Class 1 where the mean is above a threshold."""
+
+    def __init__(self, threshold: float = -100.0) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = x.mean((1, 2, 3)) - self.threshold
+        return torch.stack([-score, score], 1)

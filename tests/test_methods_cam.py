@@ -142,7 +142,7 @@ def unit_range(maps: Tensor) -> Tensor:
 
 def peer(kind: str, name: str, host: nn.Module, x: Tensor, target: list[int]) -> Tensor:
     """The map of pytorch-grad-cam at the grid's resolution, (B, h, w)."""
-    gradcam = pytest.importorskip("pytorch_grad_cam")
+    import pytorch_grad_cam as gradcam
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     reshape = None

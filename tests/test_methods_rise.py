@@ -21,7 +21,8 @@ class Corner(nn.Module):
 
 def test_masks_against_the_authors_procedure() -> None:
     """Upsample with scikit-image's bilinear rule, crop at the shift: written out one mask at a time."""
-    transform = pytest.importorskip("skimage.transform")
+    from skimage import transform
+
     cells = torch.rand(5, 7, 7, generator=torch.Generator().manual_seed(0)) < 0.5
     shifts = torch.rand(5, 2, generator=torch.Generator().manual_seed(1))
     size, cell = (32, 46), (5, 7)

@@ -229,8 +229,7 @@ def test_no_fixations_and_constant_maps_are_nan():
 def pysaliency_metrics() -> ModuleType:
     """The file of metric functions alone: the package's import takes seconds and needs pkg_resources."""
     package = importlib.util.find_spec("pysaliency")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("pysaliency is not installed")  # it comes with the test extra
+    assert package is not None and package.submodule_search_locations, "pysaliency comes with the test extra"
     spec = importlib.util.spec_from_file_location(
         "pysaliency_metrics", f"{package.submodule_search_locations[0]}/metrics.py"
     )
@@ -259,7 +258,8 @@ def test_agrees_with_pysaliency(pysaliency_metrics):
 
 
 def test_auc_agrees_with_the_rank_sum_statistic():
-    stats = pytest.importorskip("scipy.stats")
+    from scipy import stats
+
     maps, fixations, _ = random_case()
     maps = (maps * 20).floor()  # many ties
     other = other_fixations(fixations)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import quantus
 import torch
 
 import ib_explain as ibx
@@ -12,7 +13,6 @@ from ib_explain.ib import IBAttention
 from ib_explain.metrics import pointing_game, top_share
 from tests.models import images, tiny
 
-quantus = pytest.importorskip("quantus")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
