@@ -10,7 +10,7 @@ is the demo's, the others are read from --hosts (see train_hosts.py).
 
 Bottlenecks are fitted on four fifths of the training images, or on synthetic pictures of their own. `--split train`
 measures on the last fifth, or on pictures kept for choosing between settings, and writes below --out alone; `--split
-val` is for final tables and writes to results/quality/HOST/ (or NAME/) as well: table.md, table.json,
+val` is for final tables and writes to results/quality/HOST/ as well: table.md, table.json,
 cost_faithfulness.png, maps.png (a map for each of 64 images) and methods.png (the main methods on eight images).
 
 In --out lie the fitted bottlenecks, a run of `ib_explain.benchmark` for each group of methods (all of which go on where
@@ -105,7 +105,7 @@ def main() -> None:
             rise = {f"rise {options.rise_masks}": ("rise", {"masks": options.rise_masks})}
             boards.append(run(f"rise-{options.rise_masks}", host, data, rise, options))
 
-    folder = RESULTS / (options.name or options.host) if options.split == "val" else options.out / "table"
+    folder = RESULTS / options.host if options.split == "val" else options.out / "table"
     folder.mkdir(parents=True, exist_ok=True)
     roles = tables.Roles(
         best=best,
@@ -129,7 +129,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--split", choices=["train", "val"], default="train")
-    parser.add_argument("--name", help="folder under results/quality/ in place of the host's name")
     parser.add_argument("--seeds", type=lambda text: [int(word) for word in text.split(",")], default=[0])
     parser.add_argument("--steps", type=int, help="of a fit; the package's default if left out")
     parser.add_argument("--methods", choices=["baselines", "core", "all"], default="core")

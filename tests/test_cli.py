@@ -238,6 +238,7 @@ def test_relevance_is_fitted_and_drawn_where_it_is_asked_for(bottleneck, host, p
     assert "was fitted without --relevance" in fails(capsys, *words, "--bottleneck", bottleneck)
     assert "--output relevance is of a fitted bottleneck" in fails(capsys, *words)
     words += ["--bottleneck", tmp_path / "ib"]
+    assert "leave one out" in fails(capsys, *words, "--refine", 2)
     assert "did you mean 'relevance'" in fails(capsys, *words, "--output", "relevanse")
     assert main([str(word) for word in words]) == 0
     assert "label bits an image" in capsys.readouterr().out

@@ -151,6 +151,8 @@ def _check(args: argparse.Namespace) -> tuple[str, tuple[int, int, int] | None]:
         return str(METHODS.get(args.method).unit), None  # type: ignore[attr-defined]
     if args.layer is not None or args.method != "ib":
         raise ValueError("a bottleneck has its own layer and method; leave --layer and --method out")
+    if args.output == "relevance" and args.refine:
+        raise ValueError("--refine moves the attention, and relevance does not depend on it; leave one out")
     if args.output not in OUTPUTS:
         raise ValueError(f"unknown output {args.output!r}{did_you_mean(args.output, OUTPUTS)}")
     check_data(args)
