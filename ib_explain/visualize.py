@@ -404,7 +404,10 @@ def _draw_bar(axes: Axes, scale: _Scale) -> None:
     formatter.set_scientific(False)
     axes.xaxis.set_major_formatter(formatter if power == 0 else lambda value, _: f"{value / 10.0**power:g}")
     factor = "" if power == 0 else rf"$10^{{{power}}}$ "
-    axes.set_xlabel(f"{factor}{unit}, {'signed' if scale.signed else 'non-negative'}", fontsize=7.5, labelpad=1)
+    label = f"{factor}{unit}, {'signed' if scale.signed else 'non-negative'}"
+    # A label may be as long as its bar: bars stand side by side. A letter is about .55 of the font size wide.
+    room = 72 * float(axes.figure.get_window_extent().width) / axes.figure.dpi * axes.get_position().width
+    axes.set_xlabel(label, fontsize=min(7.5, room / (0.55 * len(label))), labelpad=1)
     for beyond, x, direction, colour in (
         (scale.above, 1.0, 1, coloured[0, -1]),
         (scale.below, 0.0, -1, coloured[0, 0]),

@@ -283,3 +283,12 @@ def test_a_contact_sheet_of_zeros(tmp_path, x):
     with Image.open(contact_sheet(x, torch.zeros(3, 24, 32), tmp_path / "zeros.png")) as image:
         sheet = np.asarray(image.convert("RGB")).astype(int)
     assert np.ptp(sheet[8:32, 41:73], axis=2).max() == 0
+
+
+def test_labels_of_neighbouring_bars_do_not_run_into_each_other():
+    maps = {name: torch.rand(1, 1, 24, 24) for name in "ab"}
+    units = {"a": "an own unit of a method with a long name", "b": "another unit of another method, as long"}
+    figure = visualize(torch.rand(1, 3, 24, 24), maps, unit=units)
+    figure.canvas.draw()
+    boxes = [axes.xaxis.label.get_window_extent() for axes in figure.axes if "unit" in axes.get_xlabel()]
+    assert len(boxes) == 2 and boxes[0].x1 < boxes[1].x0
