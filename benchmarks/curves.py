@@ -1,18 +1,20 @@
-"""How much data and how many steps a fit needs, and what bits buy: two curves on one host.
+"""How much data and how many steps a fit needs, what bits buy, and what refining buys: three curves on one host.
 
-    python benchmarks/curves.py [--host cnn] [--images 200] [--part amount,rate]
+    python benchmarks/curves.py [--host cnn] [--images 200] [--part amount,rate,refine]
     python benchmarks/curves.py --host reference --weights FILE --data FOLDER [--bf16]
 
 Hosts, data and measures are those of `quality.py --split train`: fits on one part of the training images, measured on
-the rest. Writes results/quality/HOST/curves.json after each fit (what is there is kept), amount.png and rate.png:
+the rest. Writes results/quality/HOST/curves.json after each row (what is there is kept), and a figure for each curve:
 
 - amount: the gain over Grad-CAM at its best layer, against the number of fitting images and of steps;
-- rate: agreement and lost nats against bits an image, for several betas and both gates that measure bits.
+- rate: agreement and lost nats against bits an image, for several betas and both gates that measure bits;
+- refine: the gain of `attribute(x, refine=k)` over the fitted maps against the passes it takes, beside IBA's.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -31,11 +33,12 @@ import ib_explain as ibx
 from ib_explain.files import replace_file
 from ib_explain.hosts import pick_device
 from ib_explain.io import versions
-from ib_explain.metrics import METRICS, Case
+from ib_explain.metrics import METRICS, Case, count_passes
 from ib_explain.sources import Source
 
 STEPS = (25, 50, 100, 200, 400)
 FITTING_IMAGES = (100, 300, 1000)
+REFINE = (0, 1, 2, 5, 10, 20, 40)
 MULTIPLES = (0.1, 0.5, 2.0, 10.0)  # of the default's beta
 RATE_STEPS = 150
 SHOWN = ("insertion - deletion", "degradation_10_steps", "road_3_shares", "energy_inside")
@@ -48,7 +51,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--part", type=lambda text: text.split(","), default=["amount", "rate"])
+    parser.add_argument("--part", type=lambda text: text.split(","), default=["amount", "rate", "refine"])
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
     options.split = "train"
@@ -65,6 +68,9 @@ def main() -> None:
     if "rate" in options.part:
         rate(host, data, table, options.images)
         draw_rate(table.rows).savefig(folder / "rate.png", dpi=120)
+    if "refine" in options.part:
+        refine(host, data, table, options.images)
+        draw_refine(table.rows).savefig(folder / "refine.png", dpi=120)
 
 
 class Table:
@@ -118,6 +124,36 @@ def rate(host: nn.Module, data: quality.Data, table: Table, images: int) -> None
         for multiple in MULTIPLES:
             beta = multiple * default["mean_beta"]
             table.add(f"{gate}, beta x {multiple:g}", lambda gate=gate, beta=beta: kept(host, data, images, gate, beta))
+
+
+def refine(host: nn.Module, data: quality.Data, table: Table, images: int) -> None:
+    """Scores and passes of the default fit's maps after k refining steps, and of IBA as published."""
+    fitted: list[ibx.IBAttention] = []  # fitted when the first missing row asks for it
+
+    def refined(x: Tensor, target: Tensor, k: int) -> Any:
+        if not fitted:
+            fitted.append(fit(host, data, STEPS[-1]))
+        return fitted[0].attribute(x, target, refine=k)
+
+    examples = data.examples(quality.EXAMPLES)
+
+    def iba(x: Tensor, target: Tensor) -> Any:
+        return ibx.attribute(host, x, target=target, method="iba", reference=examples)
+
+    for k in REFINE:
+        explain = functools.partial(refined, k=k)
+        table.add(f"refine={k}", lambda explain=explain: costed(host, data, explain, images))
+    table.add("iba", lambda: costed(host, data, iba, images))
+
+
+def costed(
+    host: nn.Module, data: quality.Data, explain: Callable[[Tensor, Tensor], Any], images: int
+) -> dict[str, Any]:
+    """Scores, and the passes that a map takes."""
+    x = data.examples(2).to(pick_device())
+    explain(x, host(x).argmax(1))  # what is done once, such as a fit, is no cost of a map
+    passes = sum(count_passes(host, x, lambda _host, x, target: explain(x, target)))
+    return {"passes": round(passes, 3), **scores(host, data, explain, images)}
 
 
 def fit(
@@ -184,6 +220,24 @@ def draw_amount(rows: dict[str, dict[str, Any]]) -> plt.Figure:
         axis.minorticks_off()
         axis.axhline(0, color="black", linewidth=0.8)
     axes[0].set_ylabel("gain over Grad-CAM at its best layer")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def draw_refine(rows: dict[str, dict[str, Any]]) -> plt.Figure:
+    steps = sorted((row["passes"], name, row) for name, row in rows.items() if name.startswith("refine="))
+    fitted, iba = rows["refine=0"], rows["iba"]
+    figure, axes = plt.subplots(1, len(SHOWN), figsize=(12, 3), layout="constrained")
+    for axis, measure in zip(axes, SHOWN, strict=True):
+        axis.plot([p for p, _, _ in steps], [row[measure] - fitted[measure] for _, _, row in steps], marker="o")
+        for passes, name, row in steps:
+            at = (passes, row[measure] - fitted[measure])
+            axis.annotate(name.removeprefix("refine="), at, (0, 5), textcoords="offset points", ha="center", fontsize=7)
+        axis.plot(iba["passes"], iba[measure] - fitted[measure], marker="s", linestyle="none", label="IBA")
+        axis.set(xscale="log", title=measure.replace("_", " "), xlabel="passes for a map (log scale)")
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.margins(y=0.15)
+    axes[0].set_ylabel("gain over the fitted map, refine=0")
     axes[0].legend(fontsize=8)
     return figure
 

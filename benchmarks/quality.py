@@ -89,15 +89,20 @@ def main() -> None:
     layer = grad_cams[best][1]["layer"]
     baselines = q.baselines(layers, layer, examples)
     boards.append(run("baselines", host, data, baselines, options))
+    boards.append(run("energy", host, data, q.deep_energy(layer, examples), options))
     if options.methods == "baselines":
         return
 
-    fitted = {seed: fit(host, data, seed, options) for seed in options.seeds}
+    fitted = {seed: {"gradient": fit(host, data, seed, "gradient", options)} for seed in options.seeds}
+    fitted[options.seeds[0]]["features"] = fit(host, data, options.seeds[0], "features", options)
     groups = {seed: q.ours(ibs, seed) for seed, ibs in fitted.items()}
     first, *later = groups.values()
     controls = q.controls(host, fitted[options.seeds[0]]["gradient"], layer, examples)
     boards.append(run(f"ib-seed{options.seeds[0]}", host, data, first | controls, options))
     boards += [run(f"ib-seed{seed}", host, data, groups[seed], options) for seed in options.seeds[1:]]
+    earlier = q.one_stage_earlier(host)
+    shallow = {f"ib at {earlier}": fit(host, data, options.seeds[0], "gradient", options, layer=earlier)}
+    boards.append(run("ib-earlier", host, data, shallow, options))
     if options.methods == "all":
         host.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # DeepLIFT refuses the other one
         boards.append(run("extras", host, data, q.extras(layer, examples, int(examples.shape[-1])), options))
@@ -110,6 +115,7 @@ def main() -> None:
     roles = tables.Roles(
         best=best,
         seeds=[next(iter(group)) for group in groups.values()],
+        earlier=next(iter(shallow)),
         refined=list(first)[-1],
         controls=list(controls),
         others=[name for group in later for name in list(group)[1:]],
@@ -189,17 +195,17 @@ def synthetic(options: argparse.Namespace) -> tuple[nn.Module, Data]:
     return host, Data("synthetic pictures", pictures, Synthetic(options.images, seed=SEEDS[options.split]))
 
 
-def fit(host: nn.Module, data: Data, seed: int, options: argparse.Namespace) -> dict[str, ibx.IBAttention]:
-    """Bottlenecks with default settings, of both kinds for the first seed; read from --out where they are there."""
-    found = {}
-    for reads in ("gradient", "features")[: 2 if seed == options.seeds[0] else 1]:
-        folder = options.out / "fitted" / f"ib-{reads}-seed{seed}-steps{options.steps or '-default'}"
-        if not folder.exists():
-            loader = DataLoader(data.fit, FIT_BATCH, shuffle=True, drop_last=True)
-            ib = ibx.IBAttention(host, reads=reads, seed=seed)
-            ib.fit(loader, steps=options.steps, checkpoint=f"{folder}-run", resume=True).save(folder)
-        found[reads] = ibx.IBAttention.load(folder, host)
-    return found
+def fit(
+    host: nn.Module, data: Data, seed: int, reads: str, options: argparse.Namespace, layer: str | None = None
+) -> ibx.IBAttention:
+    """A bottleneck with default settings; read from --out where it is there."""
+    name = f"{layer or 'ib'}-{reads}-seed{seed}-steps{options.steps or '-default'}"
+    folder = options.out / "fitted" / name
+    if not folder.exists():
+        loader = DataLoader(data.fit, FIT_BATCH, shuffle=True, drop_last=True)
+        ib = ibx.IBAttention(host, layer, reads=reads, seed=seed)
+        ib.fit(loader, steps=options.steps, checkpoint=f"{folder}-run", resume=True).save(folder)
+    return ibx.IBAttention.load(folder, host)
 
 
 def run(name: str, host: nn.Module, data: Data, methods: dict[str, Any], options: argparse.Namespace) -> Leaderboard:

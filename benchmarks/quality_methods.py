@@ -39,7 +39,7 @@ SEVEN = (
 METRICS = (*SEVEN, "lattice", "passes")
 REFINE = 10
 HOST_FREE = ("center_gaussian", "edges", "random")
-COUNTS = {"baselines": 12, "core": 18, "all": 37}  # methods of a run with one seed; each further seed has one
+COUNTS = {"baselines": 13, "core": 20, "all": 39}  # methods of a run with one seed; each further seed has one
 ENOUGH_REACHED = 0.5  # share of a layer's grid that the logits must read for a class activation map
 
 
@@ -123,6 +123,14 @@ def stage_layers(host: nn.Module) -> list[str]:
     return list(dict.fromkeys(site.name for site in nearest))
 
 
+def one_stage_earlier(host: nn.Module) -> str:
+    """The last layer of the next finer grid than the default layer's; in a host of one grid size the block before."""
+    here = resolve_site(host, None, input_size_of(host))
+    before = [site for site in sites(host) if site.depth < here.depth]
+    finer = [site for site in before if site.grid != here.grid]
+    return (finer or before)[-1].name
+
+
 def coarse_grid(host: nn.Module, ib: IBAttention) -> tuple[int, int]:
     """The deepest stage's grid, or half of the bottleneck's where the host has one grid size."""
     h, w = resolve_site(host, cam_layer(host), input_size_of(host)).grid
@@ -154,6 +162,11 @@ def baselines(layers: Sequence[str], best: str, examples: Tensor) -> dict[str, A
         "activation_energy": ("activation_energy", {"reference": examples[:256]}),
         **{name: name for name in HOST_FREE},
     }
+
+
+def deep_energy(best: str, examples: Tensor) -> dict[str, Any]:
+    """The control of loud features once more, where Grad-CAM is best: in some hosts it tells more there."""
+    return {f"activation_energy {best}": ("activation_energy", {"layer": best, "reference": examples[:256]})}
 
 
 def ours(fitted: dict[str, IBAttention], seed: int) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class Roles:
     """Grad-CAM at its best layer, which others are held against."""
     seeds: Sequence[str]
     """The fitted `ib` of each seed."""
+    earlier: str
+    """The one of the first seed that sits a stage before the default layer: without a rank beside it."""
     refined: str
     """The one of the first seed that is refined per image."""
     controls: Sequence[str]
@@ -99,7 +101,7 @@ def write(board: Leaderboard, roles: Roles, about: dict[str, Any], folder: Path)
     """Write table.md, table.json and cost_faithfulness.png into `folder`."""
     rows = with_gap(board.rows)
     table = [name for name in board.run["settings"]["methods"] if name not in roles.others]
-    ranked = [name for name in table if name not in roles.controls and name not in roles.seeds[1:]]
+    ranked = [name for name in table if name not in (*roles.controls, *roles.seeds[1:], roles.earlier)]
     shown = summarise(rows, [facts(name) for name in (*HEADS, "passes")], roles.best, methods=table)
     cost = {name: shown.cells[name, "passes"].mean for name in table}
     cheap = [name for name in ranked if cost[name] <= CHEAP]
@@ -109,7 +111,8 @@ def write(board: Leaderboard, roles: Roles, about: dict[str, Any], folder: Path)
     grid = summarise(rows, [facts("lattice")], roles.energy, methods=table)
     rivals = [name for name in cheap if name not in roles.seeds]
     by_seed = {
-        ib: summarise(rows, [facts(name) for name in SEVEN], methods=[*rivals, ib]).mean_ranks[ib] for ib in roles.seeds
+        ib: summarise(rows, [facts(name) for name in SEVEN], methods=[*rivals, ib]).mean_ranks[ib]
+        for ib in (*roles.seeds, roles.earlier)
     }
 
     order = [*everyone.methods, *(name for name in table if name not in ranked)]
@@ -121,14 +124,14 @@ def write(board: Leaderboard, roles: Roles, about: dict[str, Any], folder: Path)
         "the best for Grad-CAM, chosen on these very images. Ranks are means over the seven measures (not the "
         "difference ins. − del.), among all methods that have a rank, and among those of up to "
         f"{CHEAP:g} passes. Passes: forward plus backward, counted by their arithmetic. Controls made from `ib`, and "
-        "its further seeds, have no rank here.",
+        "its further seeds and layers, have no rank here.",
         _main_table(shown, everyone, one_pass, order),
     ]
     notes = Notes(shown).texts
     text += ["\n".join(f"- {note}" for note in notes)] * bool(notes)
     text += ["## Paired differences", "The first minus the second, ▲ where the first is better, ▼ where it is worse."]
     text += [_pair_table(compared)]
-    text += ["## Mean rank of `ib` by seed", f"Among the methods of up to {CHEAP:g} passes, [95 % interval]."]
+    text += ["## Mean rank of `ib` by seed and layer", f"Among the methods of up to {CHEAP:g} passes, [95 % interval]."]
     text += ["\n".join(f"- `{ib}`: {r.mean:.2f} [{r.low:.2f}, {r.high:.2f}]" for ib, r in by_seed.items())]
     text += ["## Lattice", _lattice_text(grid, roles)]
     write_atomically(folder / "table.md", "\n\n".join(text) + "\n")
@@ -155,7 +158,7 @@ def write(board: Leaderboard, roles: Roles, about: dict[str, Any], folder: Path)
 
 def _pairs(roles: Roles, table: Sequence[str]) -> list[tuple[str, str]]:
     first = roles.seeds[0]
-    wanted = [(ib, roles.best) for ib in roles.seeds]
+    wanted = [(ib, roles.best) for ib in (*roles.seeds, roles.earlier)]
     wanted += [(first, name) for name in table if name.startswith("grad_cam ") and name != roles.best]
     wanted += [(first, control) for control in roles.controls]
     wanted += [(roles.refined, other) for other in (first, *roles.costly)]

@@ -39,7 +39,8 @@ from ib_explain.statistics import Moments, RunningMean, RunningMoments
 __all__ = ["FitSettings", "Statistics", "choose_precision", "estimate_statistics", "make_accelerator", "train"]
 
 STATISTICS_IMAGES = 2000
-DEFAULT_IMAGES = 12_800  # image-steps of a fit whose number of steps is not given
+DEFAULT_IMAGES = 6_400  # of a fit whose number of steps is not given
+UPDATES = 2  # of the weights on each batch: they share the clean pass, which costs as much as the restricted one
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,7 +49,7 @@ class FitSettings:
     """All that decides a fit, besides data and host.
 
     Attributes:
-        steps: number of optimiser steps.
+        steps: number of batches, with `UPDATES` steps of the optimiser on each.
         beta: weight of the rate in the loss; None for `PRICE` times what is at stake in each image.
         lr: peak learning rate of Adam; one cosine cycle with a short warm-up.
         objective: "prediction" draws targets from the host's own predictive distribution, "label" takes the labels.
@@ -222,30 +223,43 @@ class _Trainer:
         )
         self.peaks = [float(group["lr"]) for group in self.optimiser.param_groups]
         self.step_number, self.images, self.seconds_before = 0, 0, 0.0
+        self.updates = 0
         self.closed: Tensor | None = None  # what the host says with nothing let through: running mean of p, (1, K)
         self.figures: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.started = time.monotonic()
 
     def step(self, x: Tensor, labels: Tensor | None) -> None:
-        """One optimiser step on a batch."""
-        settings, bottleneck = self.settings, self.bottleneck
-        noise = _BatchNoise(settings.seed, self.step_number, len(x), self.share, x.device)
+        """One clean pass of a batch, and `UPDATES` steps of the optimiser on it, each with noise of its own."""
+        first, *later = (
+            _BatchNoise(self.settings.seed, self.step_number * (1 + UPDATES) + part, len(x), self.share, x.device)
+            for part in range(1 + UPDATES)
+        )
         with self.autocast():
             seen = observe(
                 self.host,
                 self.place.site,
                 x,
-                self._targets(labels, noise),
+                self._targets(labels, first),
                 deeper=self.place.deeper,
                 gradient=True,
             )
+        closed = self._closed(seen, first).clamp_min(1e-30).log()  # (1, K)
+        for noise in later:
+            self._update(seen, closed, noise)
+        self.step_number += 1
+        self.images += len(x) * self.share.world
+        if self.step_number % 10 == 1:
+            self.history.append({"step": self.step_number - 1, **{k: round(v, 5) for k, v in self.figures.items()}})
+
+    def _update(self, seen: Observation, closed: Tensor, noise: _BatchNoise) -> None:
+        settings, bottleneck = self.settings, self.bottleneck
+        with self.autocast():
             attention = bottleneck.attend(seen, noise.normal((1, *self.place.site.grid)))
             restricted = bottleneck.restriction.apply_to(
                 seen, self.place.site.layout, attention.value, noise.normal(seen.features.shape[1:])
             )
             logits = seen.tail(restricted).float()
-        closed = self._closed(seen, noise).clamp_min(1e-30).log()  # (1, K)
         stake = nats_at_stake(seen.logits, closed)  # (B,)
         beta = PRICE * stake if settings.beta is None else torch.full_like(stake, settings.beta)
         kept = F.cross_entropy(logits, seen.target, reduction="none")  # (B,)
@@ -262,6 +276,7 @@ class _Trainer:
         self._join_gradients()
         self.scaler.step(self.optimiser)
         self.scaler.update()
+        self.updates += 1
         # Agreement is asked of the top-1's own attention: another class's keeps evidence against the top-1.
         top = seen.logits.argmax(1)
         asked, agreed = seen.target == top, logits.argmax(1) == top
@@ -270,8 +285,6 @@ class _Trainer:
         means = [lost.mean(), bits, attention.mean.mean(), stake.mean(), beta.mean(), error]
         figures = torch.stack([loss, *means, (asked & agreed).sum(), asked.sum()]).detach()
         self._follow(figures.float())
-        self.step_number += 1
-        self.images += len(x) * self.share.world
 
     def state(self) -> dict[str, Any]:
         """Everything a later run needs to go on: {"tensors": ..., "run": ...}."""
@@ -301,6 +314,7 @@ class _Trainer:
             optimiser["state"].setdefault(int(index), {})[key] = value
         self.optimiser.load_state_dict(optimiser)
         self.step_number, self.images, self.seconds_before = run["step"], run["images"], run["seconds"]
+        self.updates = UPDATES * self.step_number
         self.figures, self.history = run["figures"], run["history"]
 
     def _targets(self, labels: Tensor | None, noise: _BatchNoise) -> Callable[[Tensor], Tensor] | Tensor:
@@ -311,9 +325,10 @@ class _Trainer:
         return lambda logits: noise.draw(logits.float().softmax(dim=1))
 
     def _schedule(self) -> None:
-        warmup = min(20, self.settings.steps // 10 + 1)
-        progress = self.step_number / self.settings.steps
-        factor = min(1.0, (self.step_number + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
+        total = UPDATES * self.settings.steps
+        warmup = min(20, total // 10 + 1)
+        progress = self.updates / total
+        factor = min(1.0, (self.updates + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
         for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
             group["lr"] = peak * max(factor, 1e-3)
 
@@ -327,8 +342,8 @@ class _Trainer:
             gradient.copy_(part.view_as(gradient))
 
     def _closed(self, seen: Observation, noise: _BatchNoise) -> Tensor:
-        """What the host says with nothing let through, (1, K); looked at again every sixteenth step."""
-        if self.closed is None or self.step_number % 16 == 0:
+        """What the host says with nothing let through, (1, K); looked at again every eighth step."""
+        if self.closed is None or self.step_number % 8 == 0:
             with torch.no_grad(), self.autocast():
                 nothing = torch.zeros((), device=seen.features.device)
                 passing = noise.normal(seen.features.shape[1:])
@@ -350,9 +365,9 @@ class _Trainer:
         nothing = said(torch.zeros_like(chosen))
         closed, typical = bottleneck.get_buffer("closed"), bottleneck.get_buffer("typical_bits")
         now = self._mean_over_processes(nothing.log_softmax(dim=1).mean(dim=0, keepdim=True))
-        closed.lerp_(now, 1 / (self.step_number + 1))  # the mean of all steps
+        closed.lerp_(now, 1 / (self.updates + 1))  # the mean of all steps
         total = label_information(seen.logits, closed, seen.target).abs().mean()
-        typical.lerp_(self._mean_over_processes(total), 1 / (self.step_number + 1)).clamp_min_(LEAST_TYPICAL_BITS)
+        typical.lerp_(self._mean_over_processes(total), 1 / (self.updates + 1)).clamp_min_(LEAST_TYPICAL_BITS)
         by_chance = label_information(nothing, closed, seen.target)
         with self.autocast():
             relevance = bottleneck.label_bits(seen)
@@ -380,15 +395,13 @@ class _Trainer:
         now["agreement"] = agreed / asked if asked else self.figures.get("agreement", 1.0)
         old = self.figures or now
         self.figures = {name: 0.95 * old[name] + 0.05 * value for name, value in now.items()}
-        if self.step_number % 10 == 0:
-            self.history.append({"step": self.step_number, **{k: round(v, 5) for k, v in self.figures.items()}})
 
 
 class _BatchNoise:
-    """Random numbers of one step. They belong to the images of the step's global batch, not to a process."""
+    """Random numbers of one use of a batch. They belong to the images of the global batch, not to a process."""
 
-    def __init__(self, seed: int, step: int, batch: int, share: Share, device: torch.device) -> None:
-        self.generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 7919 + 17)
+    def __init__(self, seed: int, use: int, batch: int, share: Share, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed((seed * 1_000_003 + use) * 7919 + 17)
         self.batch, self.share, self.device = batch, share, device
 
     def normal(self, shape: tuple[int, ...] | torch.Size) -> Tensor:

@@ -80,13 +80,13 @@ class Site:
         if not self.usable:
             return 0.0
         effect, leak = (1.0, 0.0) if math.isnan(self.leak) else (self.effect, self.leak)
-        return _promise(self.layout, self.depth) * min(effect, 1.0) * (1 - leak) * (POOLED if self.pooled else 1.0)
+        return _promise(self.layout, self.depth) * _carried(effect) * (1 - leak) * (POOLED if self.pooled else 1.0)
 
 
 def default_layer(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> str:
     """Choose the layer for the bottleneck.
 
-    The rule maximises `fineness * depth * effect * (1 - leak)` over the layers that are cuts:
+    The rule maximises `fineness * depth * effect^2 * (1 - leak)` over the layers that are cuts:
     fineness is min(1, sqrt(h * w) / 14), since a map cannot show what its grid cannot hold, and beyond 14 cells a side
     more cells help less than more depth; depth is the share of the host that has run, since deep features know classes;
     effect is what the grid alone carries (a class token that has read the image takes from it); leak is what flows
@@ -262,6 +262,11 @@ def _hope(candidate: Candidate) -> float:
     return _fineness(candidate.grid) * candidate.depth
 
 
+def _carried(effect: float) -> float:
+    """What the effect counts: squared, for what has left the grid is neither shown nor there to be fitted."""
+    return min(1.0, effect) ** 2
+
+
 def _promise(layout: Layout, depth: float) -> float:
     """The score of a perfect cut with this layout."""
     return _fineness(layout.grid) * depth * (1.0 if layout.verified == "probe" else SHAPE_ONLY)
@@ -338,7 +343,7 @@ def _scores(
         score = _promise(layout, candidate.depth)
         if clean is not None and candidate.name in mixed and score > ALIKE * best:
             effect = clean.effect(candidate.name, layout)
-            score *= 0.0 if effect <= EFFECT_LIMIT else min(1.0, effect)
+            score *= 0.0 if effect <= EFFECT_LIMIT else _carried(effect)
             if not candidate.cut and score > ALIKE * best:
                 leak = clean.leak(candidate.name, layout)
                 score *= 0.0 if leak > LEAK_LIMIT else 1 - leak
