@@ -175,7 +175,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         Args:
             data: iterable of (images, labels) or of images, normalised as the host expects: a DataLoader, a list, what
                 `timm.data.create_loader` gives. Training images: the statistics come from them.
-            steps: optimiser steps; by default as many as show 12,800 images, at least 100.
+            steps: batches, with two steps of the optimiser on each (they share the host's clean pass); by default as
+                many as show 6,400 images, at least 100.
             beta: weight of the rate (`ib_explain.objective.rate`: the root of the nats a feature element, priced by
                 place) against the cross-entropy in nats; None for what is at stake in each image (the divergence of
                 the host's prediction from that with nothing let through), which carries over from layer to layer and

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from ib_explain.data.batches import Batches, Share
@@ -106,6 +107,22 @@ class TestWhatTrains:
         assert record["settings"]["steps"] == 6 and record["images"] == 48 and record["layer"] == "stages.1"
         assert record["data"] == "DataLoader over TensorDataset" and record["versions"]["torch"] == torch.__version__
         json.dumps(record)
+
+    def test_each_batch_serves_two_steps_of_the_optimiser(self, tmp_path):
+        reads = []
+
+        class Counted(list):
+            def __iter__(self):
+                for batch in super().__iter__():
+                    reads.append(len(batch[0]))
+                    yield batch
+
+        data = Counted(batches(count=4))
+        before = len(data)  # for the statistics
+        fit(data, steps=3, checkpoint=tmp_path / "run", every=3)
+        optimiser = load_file(tmp_path / "run" / "optimiser.safetensors")
+        assert {int(value) for name, value in optimiser.items() if name.endswith(".step")} == {6}
+        assert len(reads) == 1 + before + 3  # the first is looked at for its size
 
 
 class TestData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -219,6 +220,11 @@ class TestClassToken:
         assert found["blocks.0"].layout.kind == "NLC, 1 token beside the grid"
         assert found["blocks.0"].leak == found["blocks.1"].leak == 0
         assert 1 > found["blocks.0"].effect > found["blocks.1"].effect > 0.01
+
+    def test_what_left_the_grid_counts_squared(self) -> None:
+        site = resolve_site(make(TinyViT), "blocks.0", self.SIZE)
+        assert site.score == pytest.approx(replace(site, effect=1.0).score * site.effect**2)
+        assert replace(site, effect=1.2).score == replace(site, effect=1.0).score
 
     def test_the_last_block_is_read_by_its_class_token_alone(self) -> None:
         site = resolve_site(make(TinyViT), "blocks", self.SIZE)

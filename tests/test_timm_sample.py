@@ -36,7 +36,7 @@ SAMPLES = {
         "NHWC",
         (14, 14),
     ),
-    "test_vit": Sample((160, 160), {}, "blocks.2", "NLC, 1 token beside the grid", (10, 10)),
+    "test_vit": Sample((160, 160), {}, "blocks.1", "NLC, 1 token beside the grid", (10, 10)),
     "vit_tiny_patch16_dinov3_qkvb": Sample(
         (128, 128),
         {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 128},
@@ -62,7 +62,7 @@ SAMPLES = {
             "num_heads_outer": 3,
             "img_size": 96,
         },
-        "blocks.1",
+        "blocks.0",
         "NLC, 1 token beside the grid, tensor 1 of several",
         (6, 6),
     ),
