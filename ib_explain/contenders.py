@@ -19,6 +19,7 @@ from ib_explain.hooks import frozen, module_name, unwrap
 from ib_explain.ib import OUTPUTS, IBAttention
 from ib_explain.methods import METHODS
 from ib_explain.methods.base import Call, NotApplicable
+from ib_explain.methods.ib import PerImageIB
 
 __all__ = ["Contender", "check_host", "contenders_of"]
 
@@ -138,7 +139,7 @@ def _contender(name: Any, given: Any, model: nn.Module) -> Contender:
     if isinstance(method, IBAttention):
         unit = OUTPUTS.get(options.get("output", "bits"))
     else:
-        unit = getattr(run, "unit", None)
+        unit = OUTPUTS.get(run.output) if isinstance(run, PerImageIB) else getattr(run, "unit", None)
     return Contender(
         name=chosen,
         unit=str(unit or f"own unit of {chosen}"),

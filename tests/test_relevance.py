@@ -171,10 +171,11 @@ class TestAttribute:
         with pytest.raises(TypeError, match="relevance must be True or False, got 'yes'"):
             IBAttention(tiny(), relevance="yes")
 
-    def test_in_a_benchmark_it_has_its_own_unit(self):
+    def test_in_a_benchmark_each_output_has_its_own_unit(self):
         ib = fit()
-        both = contenders_of({"bits": ib, "relevance": (ib, {"output": "relevance"})}, ib.host)
-        assert [contender.unit for contender in both] == ["bits", "label bits"]
+        outputs = {"bits": ib, "relevance": (ib, {"output": "relevance"}), "per image": ("ib", {"output": "attention"})}
+        units = [contender.unit for contender in contenders_of(outputs, ib.host)]
+        assert units == ["bits", "label bits", "attention"]
 
 
 class TestFit:
