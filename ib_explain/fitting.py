@@ -41,6 +41,7 @@ __all__ = ["FitSettings", "Statistics", "choose_precision", "estimate_statistics
 STATISTICS_IMAGES = 2000
 DEFAULT_IMAGES = 6_400  # of a fit whose number of steps is not given
 UPDATES = 2  # of the weights on each batch: they share the clean pass, which costs as much as the restricted one
+LOOK_AGAIN = 8  # batches until the fully closed and the fully open bottleneck are looked at again
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -185,6 +186,7 @@ def train(
             if save is not None and trainer.step_number % every == 0 and accelerator.is_main_process:
                 save(trainer.state())
     record |= {f"final_{name}": value for name, value in trainer.figures.items()}
+    record["grid_alone"] = trainer.grid_alone
     record["seconds"] = round(trainer.seconds_before + time.monotonic() - started, 2)
     record["images"] = trainer.images
     record["history"] = trainer.history
@@ -225,6 +227,7 @@ class _Trainer:
         self.step_number, self.images, self.seconds_before = 0, 0, 0.0
         self.updates = 0
         self.closed: Tensor | None = None  # what the host says with nothing let through: running mean of p, (1, K)
+        self.grid_alone = 1.0  # share of the answers that the intact grid keeps with all beside it held: running mean
         self.figures: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.started = time.monotonic()
@@ -244,7 +247,10 @@ class _Trainer:
                 deeper=self.place.deeper,
                 gradient=True,
             )
-        closed = self._closed(seen, first).clamp_min(1e-30).log()  # (1, K)
+        if self.step_number % LOOK_AGAIN == 0:
+            self._look_at_both_ends(seen, first)
+        assert self.closed is not None
+        closed = self.closed.clamp_min(1e-30).log()  # (1, K)
         for noise in later:
             self._update(seen, closed, noise)
         self.step_number += 1
@@ -298,6 +304,7 @@ class _Trainer:
             "step": self.step_number,
             "images": self.images,
             "seconds": self.seconds_before + time.monotonic() - self.started,
+            "grid_alone": self.grid_alone,
             "figures": self.figures,
             "history": self.history,
             "settings": asdict(self.settings),
@@ -315,7 +322,7 @@ class _Trainer:
         self.optimiser.load_state_dict(optimiser)
         self.step_number, self.images, self.seconds_before = run["step"], run["images"], run["seconds"]
         self.updates = UPDATES * self.step_number
-        self.figures, self.history = run["figures"], run["history"]
+        self.grid_alone, self.figures, self.history = run["grid_alone"], run["figures"], run["history"]
 
     def _targets(self, labels: Tensor | None, noise: _BatchNoise) -> Callable[[Tensor], Tensor] | Tensor:
         if self.settings.objective == "label":
@@ -341,16 +348,23 @@ class _Trainer:
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def _closed(self, seen: Observation, noise: _BatchNoise) -> Tensor:
-        """What the host says with nothing let through, (1, K); looked at again every eighth step."""
-        if self.closed is None or self.step_number % 8 == 0:
+    def _look_at_both_ends(self, seen: Observation, noise: _BatchNoise) -> None:
+        """What the host says with nothing let through, and how often it says the same with the whole grid."""
+        layout = self.place.site.layout
+        passing = noise.normal(seen.features.shape[1:])
+
+        def said(attention: float) -> Tensor:
+            value = torch.full((), attention, device=seen.features.device)
             with torch.no_grad(), self.autocast():
-                nothing = torch.zeros((), device=seen.features.device)
-                passing = noise.normal(seen.features.shape[1:])
-                logits = seen.tail(self.bottleneck.restriction.apply_to(seen, self.place.site.layout, nothing, passing))
-            now = self._mean_over_processes(logits.float().softmax(dim=1).mean(dim=0, keepdim=True))
-            self.closed = now if self.closed is None else 0.7 * self.closed + 0.3 * now
-        return self.closed
+                return seen.tail(self.bottleneck.restriction.apply_to(seen, layout, value, passing)).float()
+
+        now = self._mean_over_processes(said(0.0).softmax(dim=1).mean(dim=0, keepdim=True))
+        self.closed = now if self.closed is None else 0.7 * self.closed + 0.3 * now
+        if layout.has_side and self.bottleneck.restriction.gate.measures_bits:
+            same = said(1.0).argmax(1) == seen.logits.argmax(1)
+            share = self._mean_over_processes(same.float().mean()).item()
+            looks = self.step_number // LOOK_AGAIN
+            self.grid_alone = (self.grid_alone * looks + share) / (looks + 1)
 
     def _relevance_error(self, seen: Observation, noise: _BatchNoise) -> Tensor:
         """Of a random set of positions in each image, and of all others: see `regression_loss`."""

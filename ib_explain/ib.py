@@ -49,6 +49,7 @@ OPTIONS = ("gate", "reads", "anchors", "per_element", "relevance", "seed")  # th
 OBJECTIVES = ("prediction", "label")
 REFERENCE_IMAGES = 32
 LEAK_WORTH_A_WARNING = 0.05
+GRID_ALONE_WORTH_A_WARNING = 0.9
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -193,6 +194,10 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         Returns:
             self; `.record` tells the run.
 
+        Warns:
+            UserWarning: the grid alone, with class tokens and the like held at their mean, keeps less than nine of ten
+                of the host's answers (`record["grid_alone"]`).
+
         Raises:
             TypeError: data that is no iterable of image tensors.
             ValueError: empty data, images of several sizes or that the host refuses, an unknown objective or precision.
@@ -250,6 +255,10 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         images = int(bottleneck.restriction.moments.get_buffer("count"))
         self.record = {"layer": place.site.name, "device": str(device), "data": _source(data)}
         self.record |= {"statistics_images": images, "versions": versions(), **record}
+        if record["grid_alone"] < GRID_ALONE_WORTH_A_WARNING:
+            told = f"the grid of layer {place.site.name!r} alone keeps {record['grid_alone']:.0%} of the host's answers"
+            reason = "the rest is in what stands beside it, such as class tokens; an earlier layer keeps more"
+            warnings.warn(f"{told}: {reason}", UserWarning, stacklevel=2)
         return self
 
     @_as_captum

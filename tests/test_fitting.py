@@ -102,6 +102,17 @@ class TestWhatTrains:
             weights(fit(data, seed=1))["network.head.weight"], weights(fit(data))["network.head.weight"]
         )
 
+    def test_what_the_grid_alone_keeps_is_told(self):
+        x, host = images(64), tiny("vit")
+        with pytest.warns(UserWarning, match="the grid of layer 'blocks.1' alone keeps .*% of the host's answers"):
+            ib = IBAttention(host, "blocks.1").fit([x], steps=1, show_progress=False)
+        with torch.no_grad():
+            own = host(x).argmax(1)
+            with ib.restrict(1.0) as restricted:
+                same = (restricted(x).argmax(1) == own).float().mean().item()
+        assert ib.record["grid_alone"] == pytest.approx(same, abs=3 / 64)  # A = .999 lets a little noise in
+        assert fit(batches()).record["grid_alone"] == 1
+
     def test_the_record_tells_the_run(self):
         record = fit(DataLoader(TensorDataset(images(16)), batch_size=8)).record
         assert record["settings"]["steps"] == 6 and record["images"] == 48 and record["layer"] == "stages.1"
