@@ -36,11 +36,11 @@ from ib_explain.io import versions
 from ib_explain.metrics import METRICS, Case, count_passes
 from ib_explain.sources import Source
 
-STEPS = (25, 50, 100, 200, 400)
+STEPS = (25, 50, 100, 200)
 FITTING_IMAGES = (100, 300, 1000)
 REFINE = (0, 1, 2, 5, 10, 20, 40)
 MULTIPLES = (0.1, 0.5, 2.0, 10.0)  # of the default's beta
-RATE_STEPS = 150
+RATE_STEPS = 75
 SHOWN = ("insertion - deletion", "degradation_10_steps", "road_3_shares", "energy_inside")
 
 
@@ -101,7 +101,7 @@ class Table:
 
 
 def amount(host: nn.Module, data: quality.Data, table: Table, images: int) -> None:
-    """Scores of fits of 400 steps on fewer images, and of fewer steps on all images."""
+    """Scores of fits of the default length on fewer images, and of fewer batches on all images."""
     layers = q.stage_layers(host)
     for layer in layers:
         explain = lambda x, t, layer=layer: ibx.attribute(host, x, target=t, method="grad_cam", layer=layer)  # noqa: E731
@@ -213,7 +213,9 @@ def draw_amount(rows: dict[str, dict[str, Any]]) -> plt.Figure:
         by_images = sorted((r["images"], r[name] - best[name]) for r in fits if r["steps"] == most_steps)
         axes[0].plot(*zip(*by_steps, strict=True), marker="o", label=name.replace("_", " "))
         axes[1].plot(*zip(*by_images, strict=True), marker="o")
-    for axis, label in zip(axes, (f"steps of 32 ({most_images} images)", f"images ({most_steps} steps)"), strict=True):
+    for axis, label in zip(
+        axes, (f"batches of 32 ({most_images} images)", f"images ({most_steps} batches)"), strict=True
+    ):
         points = sorted({x for line in axis.lines for x in line.get_xdata()})
         axis.set(xscale="log", xlabel=label)
         axis.set_xticks(points, [str(x) for x in points])
