@@ -89,7 +89,8 @@ def main() -> None:
     layer = grad_cams[best][1]["layer"]
     baselines = q.baselines(layers, layer, examples)
     boards.append(run("baselines", host, data, baselines, options))
-    boards.append(run("energy", host, data, q.deep_energy(layer, examples), options))
+    if layer != ibx.default_layer(host):
+        boards.append(run("energy", host, data, q.deep_energy(layer, examples), options))
     if options.methods == "baselines":
         return
 
