@@ -163,13 +163,13 @@ def fit_one(name: str, reads: str, options: argparse.Namespace) -> dict[str, obj
             label = f"{name}: fit step, {reads} / {label}"
             by_hand = functools.partial(plain, host, place, x, clean, restricted)
             found[label] = compare(label, lambda: trainer.step(x, None), by_hand, options, factor=restricted / UPDATES)
-    label = f"{name}: default fit of {DEFAULT_IMAGES:,} images, {reads} / training passes over 10,000 images"
+    label = f"{name}: default fit of {DEFAULT_IMAGES[reads]:,} images, {reads} / training passes over 10,000 images"
 
     def step() -> None:
         with frozen(host):
             trainer.step(x, None)
 
-    share = DEFAULT_IMAGES / 10_000
+    share = DEFAULT_IMAGES[reads] / 10_000
     found[label] = compare(label, step, lambda: training_pass(host, x), options, factor=share)
     return found
 

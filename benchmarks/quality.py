@@ -94,15 +94,18 @@ def main() -> None:
     if options.methods == "baselines":
         return
 
-    fitted = {seed: {"gradient": fit(host, data, seed, "gradient", options)} for seed in options.seeds}
-    fitted[options.seeds[0]]["features"] = fit(host, data, options.seeds[0], "features", options)
-    groups = {seed: q.ours(ibs, seed) for seed, ibs in fitted.items()}
-    first, *later = groups.values()
-    controls = q.controls(host, fitted[options.seeds[0]]["gradient"], layer, examples)
-    boards.append(run(f"ib-seed{options.seeds[0]}", host, data, first | controls, options))
-    boards += [run(f"ib-seed{seed}", host, data, groups[seed], options) for seed in options.seeds[1:]]
+    seed = options.seeds[0]
+    fitted = {f"ib seed {n}": fit(host, data, n, "gradient", options) for n in options.seeds}
+    name, ib = next(iter(fitted.items()))
+    refined = {f"ib refine={q.REFINE} seed {seed}": (ib, {"refine": q.REFINE})}
+    controls = q.controls(host, ib, layer, examples)
+    boards.append(run(f"ib-seed{seed}", host, data, {name: ib} | refined | controls, options))
+    for later, other in list(fitted.items())[1:]:
+        boards.append(run(later.replace("ib seed ", "ib-seed"), host, data, {later: other}, options))
+    features = {f"ib_features seed {seed}": fit(host, data, seed, "features", options)}
+    boards.append(run("ib-features", host, data, features, options))
     earlier = q.one_stage_earlier(host)
-    shallow = {f"ib at {earlier}": fit(host, data, options.seeds[0], "gradient", options, layer=earlier)}
+    shallow = {f"ib at {earlier}": fit(host, data, seed, "gradient", options, layer=earlier)}
     boards.append(run("ib-earlier", host, data, shallow, options))
     if options.methods == "all":
         host.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # DeepLIFT refuses the other one
@@ -115,18 +118,23 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     roles = tables.Roles(
         best=best,
-        seeds=[next(iter(group)) for group in groups.values()],
+        seeds=list(fitted),
         earlier=next(iter(shallow)),
-        refined=list(first)[-1],
+        refined=next(iter(refined)),
         controls=list(controls),
-        others=[name for group in later for name in list(group)[1:]],
         costly=[f"rise {options.rise_masks}", "iba"],
         energy="activation_energy",
     )
-    tables.write(tables.join(boards, best, options.out / "report"), roles, about(host, data, fitted, options), folder)
+    tables.write(
+        tables.join(boards, best, options.out / "report"),
+        roles,
+        about(host, data, fitted | features | shallow, options),
+        folder,
+    )
     images = torch.cat([batch.x for batch in Source(data.measured, images=min(SHEET, options.images)).batches()])
-    main_methods = [*first, best, *list(baselines)[: -len(q.HOST_FREE)]]
-    figures.sheets(host, images.to(pick_device()), first | grad_cams | baselines, main_methods, folder)
+    main_methods = [name, *features, *refined, best, *list(baselines)[: -len(q.HOST_FREE)]]
+    everything = {name: ib} | features | refined | grad_cams | baselines
+    figures.sheets(host, images.to(pick_device()), everything, main_methods, folder)
     print((folder / "table.md").read_text())
 
 
@@ -250,14 +258,13 @@ def estimate(host: nn.Module, data: Data, options: argparse.Namespace) -> None:
 
 
 def about(
-    host: nn.Module, data: Data, fitted: dict[int, dict[str, ibx.IBAttention]], options: argparse.Namespace
+    host: nn.Module, data: Data, fitted: dict[str, ibx.IBAttention], options: argparse.Namespace
 ) -> dict[str, Any]:
     """What was run, for table.json."""
     device = next(host.parameters()).device
     records = {
-        f"{reads} seed {seed}": {key: value for key, value in (ib.record or {}).items() if key not in FIT_LEFT_OUT}
-        for seed, ibs in fitted.items()
-        for reads, ib in ibs.items()
+        name: {key: value for key, value in (ib.record or {}).items() if key not in FIT_LEFT_OUT}
+        for name, ib in fitted.items()
     }
     return {
         "host": options.host,

@@ -169,15 +169,6 @@ def deep_energy(best: str, examples: Tensor) -> dict[str, Any]:
     return {f"activation_energy {best}": ("activation_energy", {"layer": best, "reference": examples[:256]})}
 
 
-def ours(fitted: dict[str, IBAttention], seed: int) -> dict[str, Any]:
-    """The fitted bottleneck of one seed; for the seed that has both kinds, also the other one and the refined maps."""
-    found: dict[str, Any] = {f"ib seed {seed}": fitted["gradient"]}
-    if "features" in fitted:
-        found[f"ib_features seed {seed}"] = fitted["features"]
-        found[f"ib refine={REFINE} seed {seed}"] = (fitted["gradient"], {"refine": REFINE})
-    return found
-
-
 def controls(host: nn.Module, ib: IBAttention, best: str, examples: Tensor) -> dict[str, Any]:
     """What is left of our map's gain without its detail, without the image, and with its mass put anywhere."""
     heat = torch.cat([ib.attribute(part) for part in examples[:256].split(32)])

@@ -49,8 +49,6 @@ class Roles:
     """The one of the first seed that is refined per image."""
     controls: Sequence[str]
     """Made from `ib` itself, so without a rank of their own."""
-    others: Sequence[str]
-    """The other forms of later seeds: not in the table."""
     costly: Sequence[str]
     """What the refined one is held against."""
     energy: str
@@ -100,7 +98,7 @@ def join(boards: Sequence[Leaderboard], best: str, folder: Path) -> Leaderboard:
 def write(board: Leaderboard, roles: Roles, about: dict[str, Any], folder: Path) -> None:
     """Write table.md, table.json and cost_faithfulness.png into `folder`."""
     rows = with_gap(board.rows)
-    table = [name for name in board.run["settings"]["methods"] if name not in roles.others]
+    table = list(board.run["settings"]["methods"])
     ranked = [name for name in table if name not in (*roles.controls, *roles.seeds[1:], roles.earlier)]
     shown = summarise(rows, [facts(name) for name in (*HEADS, "passes")], roles.best, methods=table)
     cost = {name: shown.cells[name, "passes"].mean for name in table}

@@ -99,7 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     _host(fit)
     _data(fit)
     _compute(fit, batch_size=64)
-    fit.add_argument("--steps", type=_positive, metavar="N", help="batches (default: 6,400 images' worth)")
+    fit.add_argument(
+        "--steps",
+        type=_positive,
+        metavar="N",
+        help="batches (default: 6,400 images, 12,800 with --reads features)",
+    )
     fit.add_argument("--gate", default="gaussian", metavar="NAME", help="gaussian, noise or residual (gaussian)")
     fit.add_argument("--reads", default="gradient", metavar="WHAT", help="gradient or features (gradient)")
     fit.add_argument("--anchors", type=_natural, default=0, metavar="N", help="learnable levels of attention (0: none)")

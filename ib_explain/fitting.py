@@ -39,7 +39,8 @@ from ib_explain.statistics import Moments, RunningMean, RunningMoments
 __all__ = ["FitSettings", "Statistics", "choose_precision", "estimate_statistics", "make_accelerator", "train"]
 
 STATISTICS_IMAGES = 2000
-DEFAULT_IMAGES = 6_400  # of a fit whose number of steps is not given
+# Of a fit whose number of steps is not given: without the gradient, evidence for a class has to be learned.
+DEFAULT_IMAGES = {"gradient": 6_400, "features": 12_800}
 UPDATES = 2  # of the weights on each batch: they share the clean pass, which costs as much as the restricted one
 LOOK_AGAIN = 8  # batches until the fully closed and the fully open bottleneck are looked at again
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

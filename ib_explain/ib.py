@@ -177,7 +177,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             data: iterable of (images, labels) or of images, normalised as the host expects: a DataLoader, a list, what
                 `timm.data.create_loader` gives. Training images: the statistics come from them.
             steps: batches, with two steps of the optimiser on each (they share the host's clean pass); by default as
-                many as show 6,400 images, at least 100.
+                many as show 6,400 images, 12,800 with reads="features", at least 100.
             beta: weight of the rate (`ib_explain.objective.rate`: the root of the nats a feature element, priced by
                 place) against the cross-entropy in nats; None for what is at stake in each image (the divergence of
                 the host's prediction from that with nothing let through), which carries over from layer to layer and
@@ -217,9 +217,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             batches = Batches(data, self.seed, Share(accelerator.process_index, accelerator.num_processes))
             first, _ = next(batches.first(1))
             place = self._settle(find_place(host, self.layer_name, _size(first)))
-            total = steps if steps is not None else max(100, round(DEFAULT_IMAGES / (len(first) * batches.share.world)))
+            by_default = max(100, round(DEFAULT_IMAGES[self.reads] / (len(first) * batches.share.world)))
             settings = FitSettings(
-                steps=check_positive_int(total, "steps"),
+                steps=check_positive_int(by_default if steps is None else steps, "steps"),
                 beta=None if beta is None else float(beta),
                 lr=2e-3 if lr is None else float(lr),
                 objective=objective,
