@@ -4,7 +4,8 @@
     python benchmarks/curves.py --host reference --weights FILE --data FOLDER [--bf16]
 
 Hosts, data and measures are those of `quality.py --split train`: fits on one part of the training images, measured on
-the rest. Writes results/quality/HOST/curves.json after each row (what is there is kept), and a figure for each curve:
+the rest. Writes results/quality/HOST/amount.json, rate.json and refine.json after each row (what is there is kept), and
+a figure beside each:
 
 - amount: the gain over Grad-CAM at its best layer, against the number of fitting images and of steps;
 - rate: agreement and lost nats against bits an image, for several betas and both gates that measure bits;
@@ -54,6 +55,8 @@ def main() -> None:
     parser.add_argument("--part", type=lambda text: text.split(","), default=["amount", "rate", "refine"])
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
+    if unknown := set(options.part) - {"amount", "rate", "refine"}:
+        parser.error(f"--part takes amount, rate and refine, got {', '.join(sorted(unknown))}")
     options.split = "train"
     host, data = quality.reference(options) if options.host == "reference" else quality.synthetic(options)
     host = host.to(pick_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -61,16 +64,12 @@ def main() -> None:
         quality.in_bf16(host)
     folder = quality.RESULTS / options.host
     folder.mkdir(parents=True, exist_ok=True)
-    table = Table(folder / "curves.json", options)
-    if "amount" in options.part:
-        amount(host, data, table, options.images)
-        draw_amount(table.rows).savefig(folder / "amount.png", dpi=120)
-    if "rate" in options.part:
-        rate(host, data, table, options.images)
-        draw_rate(table.rows).savefig(folder / "rate.png", dpi=120)
-    if "refine" in options.part:
-        refine(host, data, table, options.images)
-        draw_refine(table.rows).savefig(folder / "refine.png", dpi=120)
+    parts = {"amount": (amount, draw_amount), "rate": (rate, draw_rate), "refine": (refine, draw_refine)}
+    for part in options.part:
+        measure, draw = parts[part]
+        table = Table(folder / f"{part}.json", options)
+        measure(host, data, table, options.images)
+        draw(table.rows).savefig(folder / f"{part}.png", dpi=120)
 
 
 class Table:
