@@ -27,6 +27,7 @@ import quality
 import quality_methods as q
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -236,6 +237,9 @@ def draw_refine(rows: dict[str, dict[str, Any]]) -> plt.Figure:
             axis.annotate(name.removeprefix("refine="), at, (0, 5), textcoords="offset points", ha="center", fontsize=7)
         axis.plot(iba["passes"], iba[measure] - fitted[measure], marker="s", linestyle="none", label="IBA")
         axis.set(xscale="log", title=measure.replace("_", " "), xlabel="passes for a map (log scale)")
+        axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
         axis.axhline(0, color="black", linewidth=0.8)
         axis.margins(y=0.15)
     axes[0].set_ylabel("gain over the fitted map, refine=0")
