@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -194,6 +194,17 @@ def train(
     return record
 
 
+class _Terms(NamedTuple):
+    """What the loss needs from a clean pass, the same for all steps on it: (B,) each, the price (B, 1, h, w)."""
+
+    stake: Tensor
+    beta: Tensor
+    price: Tensor
+    worth: Tensor
+    intact: Tensor
+    """Cross-entropy of the target without a bottleneck."""
+
+
 class _Trainer:
     """One fit: the optimiser, beta, and running figures. `state` and `load` carry it over an interruption."""
 
@@ -250,32 +261,41 @@ class _Trainer:
             )
         if self.step_number % LOOK_AGAIN == 0:
             self._look_at_both_ends(seen, first)
-        assert self.closed is not None
-        closed = self.closed.clamp_min(1e-30).log()  # (1, K)
+        terms = self._terms(seen)
         for noise in later:
-            self._update(seen, closed, noise)
+            self._update(seen, terms, noise)
         self.step_number += 1
         self.images += len(x) * self.share.world
         if self.step_number % 10 == 1:
             self.history.append({"step": self.step_number - 1, **{k: round(v, 5) for k, v in self.figures.items()}})
 
-    def _update(self, seen: Observation, closed: Tensor, noise: _BatchNoise) -> None:
-        settings, bottleneck = self.settings, self.bottleneck
+    def _terms(self, seen: Observation) -> _Terms:
+        assert self.closed is not None
+        closed = self.closed.clamp_min(1e-30).log()
+        stake = nats_at_stake(seen.logits, closed)
+        worth = worth_fitting(seen.logits, closed, seen.target)
+        # A batch in which no image tells more than average content (an untrained host's) still moves the attention.
+        worth = torch.where(self._mean_over_processes(worth.sum()) > 0, worth, torch.ones_like(worth))
+        return _Terms(
+            stake=stake,
+            beta=PRICE * stake if self.settings.beta is None else torch.full_like(stake, self.settings.beta),
+            price=location_price(seen),
+            worth=worth,
+            intact=F.cross_entropy(seen.logits.float(), seen.target, reduction="none"),
+        )
+
+    def _update(self, seen: Observation, terms: _Terms, noise: _BatchNoise) -> None:
+        bottleneck = self.bottleneck
         with self.autocast():
             attention = bottleneck.attend(seen, noise.normal((1, *self.place.site.grid)))
             restricted = bottleneck.restriction.apply_to(
                 seen, self.place.site.layout, attention.value, noise.normal(seen.features.shape[1:])
             )
             logits = seen.tail(restricted).float()
-        stake = nats_at_stake(seen.logits, closed)  # (B,)
-        beta = PRICE * stake if settings.beta is None else torch.full_like(stake, settings.beta)
         kept = F.cross_entropy(logits, seen.target, reduction="none")  # (B,)
         passed = bottleneck.restriction.bits(seen, attention.value)  # (B, 1, h, w)
-        cost = rate(passed, location_price(seen), seen.features.shape[1])  # (B,)
-        worth = worth_fitting(seen.logits, closed, seen.target)  # (B,)
-        # A batch in which no image tells more than average content (an untrained host's) still moves the attention.
-        worth = torch.where(self._mean_over_processes(worth.sum()) > 0, worth, torch.ones_like(worth))
-        loss = (worth * (kept + beta * cost)).mean() + attention.loss
+        cost = rate(passed, terms.price, seen.features.shape[1])  # (B,)
+        loss = (terms.worth * (kept + terms.beta * cost)).mean() + attention.loss
         error = loss.new_zeros(()) if bottleneck.relevance is None else self._relevance_error(seen, noise)
         self._schedule()
         self.optimiser.zero_grad()
@@ -287,9 +307,9 @@ class _Trainer:
         # Agreement is asked of the top-1's own attention: another class's keeps evidence against the top-1.
         top = seen.logits.argmax(1)
         asked, agreed = seen.target == top, logits.argmax(1) == top
-        lost = kept - F.cross_entropy(seen.logits.float(), seen.target, reduction="none")
         bits = passed.sum(dim=(1, 2, 3)).mean()
-        means = [lost.mean(), bits, attention.mean.mean(), stake.mean(), beta.mean(), error]
+        lost = (kept - terms.intact).mean()
+        means = [lost, bits, attention.mean.mean(), terms.stake.mean(), terms.beta.mean(), error]
         figures = torch.stack([loss, *means, (asked & agreed).sum(), asked.sum()]).detach()
         self._follow(figures.float())
 
