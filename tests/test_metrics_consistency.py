@@ -5,19 +5,8 @@ import pytest
 import torch
 
 from ib_explain.metrics.consistency import Consistency, input_modification_consistency, modified_images
+from tests.explaining import blind, even, random_maps
 from tests.models import Brightness, images
-
-
-def blind(model, x, target):
-    return x.abs().mean(1, keepdim=True)
-
-
-def even(model, x, target):
-    return torch.ones_like(x[:, :1])
-
-
-def random_maps(count=3, size=16, seed=0):
-    return torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def test_patch_is_one_window_of_one_colour_within_the_range():

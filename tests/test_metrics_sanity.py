@@ -18,6 +18,7 @@ from ib_explain.metrics.sanity import (
     target_sensitivity,
 )
 from ib_explain.metrics.similarity import rank_correlation, ssim
+from tests.explaining import blind, even, random_maps
 from tests.models import Brightness, images, tiny
 
 
@@ -26,18 +27,6 @@ def gradient(model, x, target):
         x = x.detach().clone().requires_grad_()
         score = model(x).gather(1, target[:, None]).sum()
         return torch.autograd.grad(score, x)[0].abs().sum(1, keepdim=True)
-
-
-def blind(model, x, target):
-    return x.abs().mean(1, keepdim=True)
-
-
-def even(model, x, target):
-    return torch.ones_like(x[:, :1])
-
-
-def random_maps(count=3, size=16, seed=0):
-    return torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 # Similarity of maps.

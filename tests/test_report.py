@@ -1,14 +1,12 @@
-"""Tables, figures, the page and the leaderboard, from made-up rows."""
+"""Figures and the page, from made-up rows."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import dataclasses
 import hashlib
 import io
 import itertools
-import json
 import re
 from html.parser import HTMLParser
 
@@ -20,70 +18,17 @@ from ib_explain.figures import DARK, LIGHT, Plot, plots
 from ib_explain.leaderboard import Leaderboard
 from ib_explain.markup import Picture, scale
 from ib_explain.report import Pictures, report_html
-from ib_explain.results import RunStore
-from ib_explain.rows import CurveBatch, Row
-from ib_explain.summary import Interval, MetricFacts, summarise, summarise_curves
-from ib_explain.tables import Notes, csv_table, json_summary, markdown_tables, number_format, text_table
-
-HOSTILE = '<script>alert("x")</script>&.jpg'
-METRICS = {
-    "insertion": {"family": "perturbation", "unit": "probability", "higher_is_better": True, "protocol": "RISE <b>"},
-    "deletion": {"family": "perturbation", "unit": "probability", "higher_is_better": False, "protocol": "RISE"},
-    "energy": {"family": "localisation", "unit": "share", "higher_is_better": True, "protocol": "in the box"},
-    "passes": {"family": "cost", "unit": "forward passes", "higher_is_better": False, "protocol": "counted"},
-}
-LEVELS = {"ib": (0.7, 0.1, 0.6, 1.1), "grad_cam": (0.5, 0.2, 0.5, 1.04), "$rise_$|": (0.6, 0.15, 0.4, 4000.0)}
-METHODS = {**dict.fromkeys(LEVELS, {}), "rollout": {"heads": "mean <i>"}}
-SETTINGS = {
-    "model": {"name": "resnet<18>"},
-    "data": {"name": "val"},
-    "seed": 3,
-    "methods": METHODS,
-    "metrics": METRICS,
-}
-INFO = {"command": "ib-explain benchmark --out 'a&b'", "device": "cpu", "reference": "grad_cam"}
-IMAGES = 12
-
-
-def make_rows() -> list[Row]:
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(IMAGES):
-        name = HOSTILE if i == 0 else f"val/{i}.jpg"
-        for method in METHODS:
-            for k, metric in enumerate(METRICS):
-                if method == "rollout":
-                    row = Row(i, name, method, metric, status="not_applicable", reason="no <attention> here")
-                elif method == "ib" and metric == "deletion" and i < 4:
-                    row = Row(i, name, method, metric, status="failed", reason="OutOfMemoryError: 2 GiB")
-                elif metric == "energy" and i == 5:
-                    row = Row(i, name, method, metric)
-                else:
-                    noise = 0 if metric == "passes" else rng.normal(0, 0.05) + 0.2 * (metric == "insertion" and i == 0)
-                    row = Row(i, name, method, metric, LEVELS[method][k] + noise)
-                rows.append(row)
-    return rows
-
-
-def make_curves() -> list[CurveBatch]:
-    scores = np.random.default_rng(1).random((IMAGES, 6))
-    return [CurveBatch(m, "insertion", np.arange(IMAGES), np.linspace(0, 1, 6), scores) for m in LEVELS]
-
-
-def make_store(folder=None) -> RunStore:
-    store = RunStore.open(folder, SETTINGS, INFO)
-    rows, curves = make_rows(), make_curves()
-    for batch in range(3):
-        low, high = 4 * batch, 4 * batch + 4
-        part = [dataclasses.replace(c, images=c.images[low:high], scores=c.scores[low:high]) for c in curves]
-        store.append(batch, [row for row in rows if low <= row.image < high], part)
-    return store
-
-
-def png(width: int = 30, height: int = 20) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), "red").save(buffer, "PNG")
-    return buffer.getvalue()
+from ib_explain.rows import Row
+from ib_explain.summary import Interval, summarise, summarise_curves
+from ib_explain.tables import Notes, csv_table, json_summary, text_table
+from tests.reporting import (
+    HOSTILE,
+    LEVELS,
+    METHODS,
+    make_curves,
+    make_store,
+    png,
+)
 
 
 @pytest.fixture(scope="module")
@@ -132,91 +77,6 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str]]:
         return [attrs for name, attrs in self.tags if name == tag]
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def test_text_table_is_aligned_and_complete(board):
-    text = board.table(width=300)
-    lines = text.splitlines()
-    assert re.search(r"insertion ↑ +deletion ↓ +energy ↑ \[3\] +passes ↓", lines[0])
-    header = lines[0]
-    assert lines[3].startswith("ib ")  # best mean rank
-    for metric in ("insertion", "deletion"):
-        column = header.index(metric)
-        points = {line.index(".", column) for line in lines[3:6]}
-        assert len(points) == 1, "decimal points stand below each other"
-    assert re.search(r"^ib +1\.00\* .* 0\.7\d+\* \[0\.\d+, 0\.\d+\]", lines[3])
-    assert re.search(r"^rollout +– +n/a +\[\d\] +n/a", lines[6])
-    assert "rollout does not apply: no <attention> here" in text
-    assert "ib failed on 4 of 12 images; the mean is over the others: OutOfMemoryError: 2 GiB" in text
-    assert "undefined on 1 of 12 images" in text
-    assert "Means over 12 images with 95 % bootstrap percentile intervals (10000 resamples of images, seed 3)." in text
-
-
-def test_text_table_breaks_into_blocks_no_wider_than_the_terminal(board):
-    text = board.table(width=80)
-    assert max(map(len, text.splitlines())) <= 80
-    assert sum(line.startswith("ib ") for line in text.splitlines()) > 1
-    assert all(f"{metric} " in text for metric in METRICS)
-    assert str(board) == board.table()
-
-
-def test_markdown_rows_have_as_many_cells_as_the_head(board):
-    tables = re.findall(r"(?:^\|.*\|$\n?)+", board.to_markdown(), re.MULTILINE)
-    assert len(tables) == 3
-    for table in tables:
-        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
-        assert len(widths) == 1
-    assert "| $rise\\_$" not in board.to_markdown() and "$rise_$\\|" in board.to_markdown()
-    assert re.search(r"\| ib \| \*\*1\.00\*\*", tables[0])
-    assert "n/a<sup>" in tables[0] and "reference" in tables[1]
-    assert re.search(r"\| ib \| ▲ \+0\.\d+ \[\+0\.\d+, \+0\.\d+\]", tables[1])
-
-
-def test_csv_and_json_keep_full_precision(board):
-    lines = {(line["method"], line["metric"]): line for line in csv.DictReader(io.StringIO(board.to_csv()))}
-    assert len(lines) == len(METHODS) * len(METRICS)
-    for (method, metric), cell in board.summary.cells.items():
-        line = lines[method, metric]
-        assert float(line["mean"] or "nan") == pytest.approx(cell.mean, rel=0, abs=0, nan_ok=True)
-        assert (int(line["n"]), line["status"], line["reason"]) == (cell.n, cell.status, cell.reason)
-    content = json.loads(board.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    cells = {(cell["method"], cell["metric"]): cell for cell in content["cells"]}
-    assert cells["ib", "insertion"]["mean"] == board.summary.cells["ib", "insertion"].mean
-    assert cells["rollout", "insertion"]["mean"] is None
-    assert content["metrics"][0] == {"name": "insertion"} | METRICS["insertion"]
-
-
-@pytest.mark.parametrize(
-    ("intervals", "value", "shown"),
-    [
-        ([Interval(0.61234, 0.60, 0.624, 9)], 0.61234, "0.612"),
-        ([Interval(61.234, 59.0, 63.0, 9)], 61.234, "61.2"),
-        ([Interval(6123.4, 5900.0, 6300.0, 9)], 6123.4, "6123"),
-        ([Interval(1.04, 1.04, 1.04, 9), Interval(4000.0, 4000.0, 4000.0, 9)], 1.04, "1.04"),
-        ([Interval(1.04, 1.04, 1.04, 9), Interval(4000.0, 4000.0, 4000.0, 9)], 4000.0, "4000"),
-        ([Interval(1e-3, 0.99e-3, 1.01e-3, 9), Interval(30.0, 29.0, 31.0, 9)], 1e-3, "0.001"),
-        ([Interval(1e-9, 0.9e-9, 1.1e-9, 9)], 1e-9, "1e-09"),
-        ([Interval(2e-4, -0.012, 0.013, 9), Interval(0.3, 0.29, 0.31, 9)], 2e-4, "0.000"),
-        ([], 0.5, "0.5"),
-    ],
-)
-def test_numbers_show_what_is_certain(intervals, value, shown):
-    assert number_format(intervals)(value) == shown
-
-
-def test_difference_is_judged_by_direction():
-    facts = [MetricFacts("up", "p", "u", True), MetricFacts("down", "p", "u", False)]
-    rows = [
-        Row(i, "x", method, metric, float(i) + shift)
-        for i in range(5)
-        for method, shift in (("ref", 0.0), ("more", 1.0))
-        for metric in ("up", "down")
-    ]
-    text = markdown_tables(summarise(rows, facts, "ref"))
-    assert re.search(r"\| more \| ▲ \+1 +\| ▼ \+1 +\|", text)
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -394,58 +254,6 @@ def test_picture_must_be_png():
     assert Picture(png(7, 9), "x").size == (7, 9)
     with pytest.raises(ValueError, match="must be the content of a PNG file, got b'GIF89a'"):
         Picture(b"GIF89a", "x")
-
-
-# --- the leaderboard -------------------------------------------------------------------------------------------------
-
-
-def test_saved_where_it_ran(tmp_path, undrawn):
-    folder = tmp_path / "run"
-    store = make_store(folder)
-    store.finish()
-    before = (folder / "rows.csv").read_bytes()
-    page = Leaderboard.read(folder).save(folder)
-    assert page == folder / "report.html"
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert {"run.json", "rows.csv", "summary.csv", "summary.json", "summary.md", "figures/ranks.png"} <= names
-    assert not [name for name in names if "tmp" in name]
-    assert (folder / "rows.csv").read_bytes() == before
-
-
-def test_saved_elsewhere_can_be_read_and_resumed(board, tmp_path, undrawn):
-    board.save(tmp_path / "copy")
-    again = Leaderboard.read(tmp_path / "copy")
-    assert again.to_csv() == board.to_csv()
-    assert [np.array_equal(a.scores, b.scores) for a, b in zip(again.curves, board.curves, strict=True)] == [True] * 3
-    store = RunStore.open(tmp_path / "copy", SETTINGS)
-    assert [store.done(batch) for batch in range(4)] == [True, True, True, False]
-    board.save(tmp_path / "copy")  # again: the same run may be written over itself
-    store.append(3, [Row(99, "new", "ib", "insertion", 0.5)])
-    with pytest.raises(ValueError, match="holds more of this run than is to be saved"):
-        board.save(tmp_path / "copy")
-
-
-def test_other_results_are_not_overwritten(board, tmp_path, undrawn):
-    RunStore.open(tmp_path / "other", {"model": "another"})
-    (tmp_path / "stray").mkdir()
-    (tmp_path / "stray" / "report.html").write_text("mine")
-    for name, message in (("other", "holds another run"), ("stray", "holds report.html but no run.json")):
-        before = {path: path.read_bytes() for path in (tmp_path / name).iterdir()}
-        with pytest.raises(ValueError, match=message):
-            board.save(tmp_path / name)
-        assert before == {path: path.read_bytes() for path in (tmp_path / name).iterdir()}
-
-
-def test_unfinished_and_missing_runs(tmp_path):
-    store = RunStore.open(tmp_path / "run", SETTINGS, INFO)
-    with pytest.raises(ValueError, match="has no finished batch yet"):
-        Leaderboard.read(tmp_path / "run")
-    store.append(0, [row for row in make_rows() if row.image < 4])
-    assert Leaderboard.read(tmp_path / "run").summary.images == 4
-    with pytest.raises(ValueError, match="no rows of reference method 'grad-cam'; did you mean 'grad_cam'"):
-        Leaderboard.read(tmp_path / "run", reference="grad-cam")
-    with pytest.raises(ValueError, match="holds no run"):
-        Leaderboard.read(tmp_path / "nothing")
 
 
 def test_extremes_are_those_of_the_page(board, page):

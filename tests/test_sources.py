@@ -14,17 +14,7 @@ from ib_explain.data import Synthetic
 from ib_explain.data.boxes import BoxBatch
 from ib_explain.sources import Source
 from tests.benchmarking import batches, measure, values
-from tests.models import CLASSES, images, tiny
-
-
-@pytest.fixture(scope="module")
-def host():
-    return tiny()
-
-
-@pytest.fixture(scope="module")
-def x():
-    return images(6)
+from tests.models import CLASSES, images
 
 
 @dataclass

@@ -1,0 +1,140 @@
+"""What a benchmark does when a method fails, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+import ib_explain as ibx
+from ib_explain import benchmark as run_benchmark
+from ib_explain.data.boxes import BoxBatch
+from ib_explain.figures import LIGHT, Plot
+from ib_explain.ib import IBAttention
+from ib_explain.methods.base import NotApplicable
+from ib_explain.report import Pictures
+from tests.benchmarking import batches, half_masks, measure
+from tests.models import images, tiny
+from tests.reporting import png
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    monkeypatch.setattr(sys.modules["ib_explain.benchmark"], "draw_pictures", lambda *_: Pictures())
+    monkeypatch.setattr(Plot, "png", lambda self, theme=LIGHT, **options: png())
+
+
+def test_a_method_that_fails_on_a_batch_costs_that_cell_with_its_reason(host, x):
+    def fails_on_one(model, images, target):
+        if torch.equal(images[0], x[2]):
+            raise RuntimeError("no map\nfor this one")
+        return images.abs().mean(1)
+
+    def with_nan(model, images, target):
+        return images.mean(1).log()
+
+    def wrong_shape(model, images, target):
+        return images[:1]
+
+    def not_here(model, images, target):
+        raise NotApplicable("this model has no attention")
+
+    board = measure(
+        host, batches(x), [fails_on_one, with_nan, wrong_shape, not_here, "edges"], ["insertion", "deletion"]
+    )
+    cells = board.summary.cells
+    assert cells["fails_on_one", "insertion"].n == 4 and cells["fails_on_one", "insertion"].failed == 2
+    assert cells["fails_on_one", "insertion"].reason == "RuntimeError: no map for this one"
+    assert cells["with_nan", "insertion"].failed == 6 and "finite" in cells["with_nan", "insertion"].reason
+    assert cells["wrong_shape", "insertion"].failed == 6
+    assert "one map for each of the 2 images" in cells["wrong_shape", "insertion"].reason
+    assert cells["not_here", "deletion"].status == "not_applicable"
+    assert cells["not_here", "deletion"].reason == "this model has no attention"
+    assert cells["edges", "insertion"].n == 6
+
+
+def test_a_metric_that_fails_costs_its_own_cell(host, x):
+    fitted = IBAttention(host, "stages.1").fit([x], steps=1, show_progress=False)
+    board = measure(host, [x[:2]], [fitted, "edges"], ["infidelity", "model_randomisation", "sparsity_max_over_mean"])
+    cell = board.summary.cells["ib_fitted", "model_randomisation"]  # which explains a copy with other weights
+    assert cell.status == "not_applicable" and "fitted to another model" in cell.reason
+    assert board.summary.cells["ib_fitted", "infidelity"].n == 2
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), MemoryError("full"), torch.cuda.OutOfMemoryError("CUDA out of memory")]
+)
+def test_interruption_and_lack_of_memory_are_not_swallowed(host, x, tmp_path, error):
+    calls = []
+
+    def method(model, images, target):
+        calls.append(1)
+        if len(calls) > 1:
+            raise error
+        return images.mean(1)
+
+    with pytest.raises(type(error)):
+        measure(host, batches(x), [method], out=tmp_path / "run")
+    assert len(ibx.Leaderboard.read(tmp_path / "run").rows) == 2  # finished work is kept
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"methods": ["gradcam"]}, ValueError, "unknown method 'gradcam'; did you mean 'grad_cam'"),
+        ({"methods": []}, ValueError, "at least one method"),
+        ({"methods": "grad_cam"}, TypeError, r"write \['grad_cam'\]"),
+        ({"methods": [("grad_cam", {"rule": 1})]}, TypeError, "no option 'rule'; did you mean 'relu'"),
+        ({"methods": [("grad_cam", 1)]}, TypeError, "must be .method, dict of options."),
+        ({"methods": [3]}, TypeError, "got int"),
+        ({"metrics": ["insertions"]}, ValueError, "unknown metric 'insertions'; did you mean 'insertion'"),
+        ({"metrics": "insertion"}, TypeError, r"write \['insertion'\]"),
+        ({"metrics": []}, ValueError, "at least one name"),
+        ({"metrics": ["energy_inside"]}, ValueError, "needs masks, which the data does not have; it holds images, lab"),
+        ({"metrics": ["nss"]}, ValueError, "needs fixations, which the data does not have"),
+        ({"metrics": ["auc_shuffled"]}, ValueError, "needs fixations, which"),
+        ({"reference": "edgy"}, ValueError, "reference must be one of the methods, got 'edgy'; did you mean 'edges'"),
+        ({"target": "labels"}, ValueError, "unknown target 'labels'; did you mean 'label'"),
+        ({"images": 0}, ValueError, "images must be an integer >= 1"),
+        ({"data": []}, ValueError, "data yielded no batch"),
+        ({"data": torch.zeros(2, 3, 24, 24)}, TypeError, "iterable of batches, got Tensor"),
+        ({"data": [{"pixels": 1}]}, TypeError, "batch 0 of the data must be images.* got keys 'pixels'"),
+        (
+            {"data": [(images(2), torch.tensor([0, 5]))]},
+            IndexError,
+            "label 5 of 'image 1' is out of range .* 5 classes",
+        ),
+        ({"data": [images(2)], "target": "label"}, ValueError, "target='label' needs labels"),
+        ({"data": [images(2), images(2, size=32)]}, ValueError, "images must be of one size, got .* in batch 1"),
+        (
+            {"data": [BoxBatch(images(1), torch.zeros(1).long(), [torch.tensor([[0.0, 0, 30, 3]])])]},
+            ValueError,
+            "inside",
+        ),
+        ({"data": [{"image": images(2), "mask": torch.ones(2, 1, 24, 24)}]}, ValueError, "masks must be a bool tensor"),
+        (
+            {"data": [{"image": images(1), "fixations": [torch.tensor([[1.0, 24.0]])]}]},
+            ValueError,
+            "fixations must lie",
+        ),
+        ({"data": [images(2)], "names": ["only one"]}, ValueError, "one name for each image"),
+    ],
+)
+def test_mistakes(host, x, change, kind, message):
+    given = {"data": batches(x), "methods": ["edges"], "metrics": ["insertion"], **change}
+    with pytest.raises(kind, match=message):
+        run_benchmark(host, given.pop("data"), show_progress=False, **given)
+
+
+def test_a_bottleneck_of_another_host_is_refused(host, x):
+    other = IBAttention(tiny(seed=1), "stages.1").fit([x], steps=1, show_progress=False)
+    with pytest.raises(ValueError, match="belongs to another TinyCNN, not to this TinyCNN"):
+        measure(host, [x], [other])
+
+
+def test_masks_that_end_are_a_mistake_in_the_data(host, x, tmp_path):
+    data = [{"image": x[:2], "mask": half_masks(2)}, {"image": x[2:4]}]
+    with pytest.raises(ValueError, match="batch 1 of the data has no masks, the first batch has"):
+        measure(host, data, metrics=["energy_inside"], out=tmp_path)
+    assert len(ibx.Leaderboard.read(tmp_path).rows) == 2
