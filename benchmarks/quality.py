@@ -109,10 +109,11 @@ def main() -> None:
     boards.append(run("ib-earlier", host, data, shallow, options))
     if options.methods == "all":
         host.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # DeepLIFT refuses the other one
-        boards.append(run("extras", host, data, q.extras(layer, examples, int(examples.shape[-1])), options))
-        if options.rise_masks:
-            rise = {f"rise {options.rise_masks}": ("rise", {"masks": options.rise_masks})}
-            boards.append(run(f"rise-{options.rise_masks}", host, data, rise, options))
+        extras = q.extras(layer, examples, int(examples.shape[-1]))
+        if unknown := set(options.without) - set(extras):
+            sys.exit(f"--without takes of {', '.join(extras)}; got {', '.join(sorted(unknown))}")
+        for name in (name for name in extras if name not in options.without):  # a run each: a day may be too short
+            boards.append(run(f"extra-{name.replace(' ', '-')}", host, data, {name: extras[name]}, options))
 
     folder = RESULTS / options.host if options.split == "val" else options.out / "table"
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ def main() -> None:
         earlier=next(iter(shallow)),
         refined=next(iter(refined)),
         controls=list(controls),
-        costly=[f"rise {options.rise_masks}", "iba"],
+        costly=[q.RISE, "iba"],
         energy="activation_energy",
     )
     tables.write(
@@ -147,7 +148,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=lambda text: [int(word) for word in text.split(",")], default=[0])
     parser.add_argument("--steps", type=int, help="of a fit; the package's default if left out")
     parser.add_argument("--methods", choices=["baselines", "core", "all"], default="core")
-    parser.add_argument("--rise-masks", type=int, default=4000, help="of --methods all; 0 leaves RISE out")
+    parser.add_argument("--without", type=lambda text: text.split(","), default=[], help="methods of all to leave out")
     parser.add_argument("--bf16", action="store_true", help="the host computes in bfloat16: twice as fast on some CPUs")
     parser.add_argument("--hosts", type=Path, help="folder of swin, vit and mixer")
     parser.add_argument("--weights", type=Path, help="of the reference host")
@@ -252,8 +253,8 @@ def estimate(host: nn.Module, data: Data, options: argparse.Namespace) -> None:
     count = q.COUNTS[options.methods] + (len(options.seeds) - 1) * (options.methods != "baselines")
     text = f"{rate:.0f} forward passes a second; the seven measures of a map take {scoring:.3f} s, "
     text += f"those of {count} methods on {options.images} images {count * options.images * scoring / 3600:.1f} h"
-    if options.methods == "all":
-        text += f", and RISE's maps {options.images * options.rise_masks / rate / 3600:.1f} h"
+    if options.methods == "all" and q.RISE not in options.without:
+        text += f", and RISE's maps {options.images * q.RISE_MASKS / rate / 3600:.1f} h"
     print(text, file=sys.stderr, flush=True)
 
 

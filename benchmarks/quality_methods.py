@@ -38,6 +38,8 @@ SEVEN = (
 )
 METRICS = (*SEVEN, "lattice", "passes")
 REFINE = 10
+RISE_MASKS = 4000
+RISE = f"rise {RISE_MASKS}"
 HOST_FREE = ("center_gaussian", "edges", "random")
 COUNTS = {"baselines": 13, "core": 20, "all": 39}  # methods of a run with one seed; each further seed has one
 ENOUGH_REACHED = 0.5  # share of a layer's grid that the logits must read for a class activation map
@@ -182,23 +184,26 @@ def controls(host: nn.Module, ib: IBAttention, best: str, examples: Tensor) -> d
 
 
 def extras(best: str, examples: Tensor, size: int) -> dict[str, Any]:
-    """All further methods of the package but RISE; blurred forms of those that are noise pixel by pixel.
+    """All further methods of the package, about from cheap to dear; blurred forms of those that are noise by pixel.
 
     Args:
         best: layer for the CAM family.
         examples: images that the bottleneck was fitted on, for statistics.
         size: side of the images in pixels.
     """
+    cheap = ("br_npa", "am", "saliency", "guided_grad_cam", "deep_lift", "lrp", "attention_rollout")
     noisy = ("integrated_gradients", "smooth_grad")
-    plain = ("br_npa", "am", "saliency", *noisy, "gradient_shap", "guided_grad_cam", "deep_lift", "lrp", "occlusion")
-    plain += ("feature_ablation", "attention_rollout", "attention_gradient_rollout")
     return {
-        "ib per image": ("ib", {"reference": examples[:64]}),
-        "iba": ("iba", {"reference": examples}),
+        **{name: name for name in (*cheap, "attention_gradient_rollout")},
         f"eigen_cam {best}": ("eigen_cam", {"layer": best}),
-        f"score_cam {best}": ("score_cam", {"layer": best}),
-        **{name: name for name in plain},
+        "iba": ("iba", {"reference": examples}),
+        "ib per image": ("ib", {"reference": examples[:64]}),
+        **{name: name for name in (*noisy, "gradient_shap")},
         **{f"{name} blurred": Blurred(name, size / 32) for name in noisy},
+        "feature_ablation": "feature_ablation",
+        f"score_cam {best}": ("score_cam", {"layer": best}),
+        "occlusion": "occlusion",
+        RISE: ("rise", {"masks": RISE_MASKS}),
     }
 
 
