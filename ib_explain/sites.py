@@ -23,7 +23,7 @@ from ib_explain.survey import Candidate, Survey, survey
 
 __all__ = ["Site", "candidate_layers", "default_layer", "deeper_sites", "input_size_of", "resolve_site", "sites"]
 
-FINE_ENOUGH = 14  # cells per side beyond which a finer grid brings little and costs depth
+FINE_ENOUGH = 14 * 14  # cells beyond which a finer grid brings little and costs depth
 LEAK_LIMIT = 0.05
 EFFECT_LIMIT = 0.01
 SHAPE_ONLY = 0.5  # what a layout counts that no probe confirmed
@@ -87,8 +87,8 @@ def default_layer(model: nn.Module, input_size: tuple[int, int, int] | None = No
     """Choose the layer for the bottleneck.
 
     The rule maximises `fineness * depth * effect^2 * (1 - leak)` over the layers that are cuts:
-    fineness is min(1, sqrt(h * w) / 14), since a map cannot show what its grid cannot hold, and beyond 14 cells a side
-    more cells help less than more depth; depth is the share of the host that has run, since deep features know classes;
+    fineness is min(1, h * w / 14^2), since a map cannot show what its grid cannot hold, and beyond 14 cells a side more
+    cells help less than more depth; depth is the share of the host that has run, since deep features know classes;
     effect is what the grid alone carries (a class token that has read the image takes from it); leak is what flows
     around. A layer whose order of positions could not be measured counts half, and so does one behind which positions
     are only averaged: it leaves the attention nothing deeper to read. Layers from whose grid nothing reaches the
@@ -254,7 +254,7 @@ def _layouts(
 
 
 def _fineness(grid: tuple[int, int]) -> float:
-    return min(1.0, math.sqrt(grid[0] * grid[1]) / FINE_ENOUGH)
+    return min(1.0, grid[0] * grid[1] / FINE_ENOUGH)
 
 
 def _hope(candidate: Candidate) -> float:
