@@ -83,7 +83,9 @@ def plots(summary: Summary, curves: Sequence[CurveSummary] = ()) -> list[Plot]:
     if cost is not None:
         quality = [facts for facts in summary.metrics if facts.family == "perturbation"]
         quality = quality or [facts for facts in summary.metrics if facts.family != "cost"]
-        found += [_cost_plot(summary, cost, facts) for facts in quality[:2]]
+        for facts in quality[:2]:
+            if known := [m for m in order if summary.cells[m, cost.name].n and summary.cells[m, facts.name].n]:
+                found.append(_cost_plot(summary, cost, facts, known))
     if summary.ranked_metrics:
         found.append(_rank_plot(summary))
     return found
@@ -130,9 +132,9 @@ def _curve_plot(summary: Summary, metric: str, curves: Sequence[CurveSummary]) -
     )
 
 
-def _cost_plot(summary: Summary, cost: MetricFacts, quality: MetricFacts) -> Plot:
+def _cost_plot(summary: Summary, cost: MetricFacts, quality: MetricFacts, known: Sequence[str]) -> Plot:
+    """Of the methods that have both numbers, one at least."""
     cells = summary.cells
-    known = [m for m in summary.methods if cells[m, cost.name].n and cells[m, quality.name].n]
     x = np.array([cells[m, cost.name].mean for m in known])
     y = np.array([cells[m, quality.name].mean for m in known])
     front = pareto_front(x, y, higher_is_better=quality.higher_is_better)

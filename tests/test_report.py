@@ -229,11 +229,13 @@ def test_smallest_report(board, undrawn):
     assert text_table(summary) and csv_table(summary) and json_summary(summary)
 
 
-def test_nothing_ran_still_reports(board, undrawn):
-    rows = [Row(0, "x", "a", "insertion", status="failed", reason="broke")]
-    summary = summarise(rows, board.summary.metrics[:1])
+def test_nothing_ran_still_reports(board):
+    """Also with a cost, against which there is nothing to draw."""
+    rows = [Row(0, "x", "a", facts.name, status="failed", reason="broke") for facts in board.summary.metrics]
+    summary = summarise(rows, board.summary.metrics)
     assert Notes(summary).texts == ["a failed on 1 of 1 images: broke"]
     assert "broke" in report_html(summary, {}, rows=rows)
+    assert plots(summary) == []
 
 
 def test_resumed_run_says_so(board, undrawn):
