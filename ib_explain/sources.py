@@ -13,6 +13,7 @@ from ib_explain.checks import check_positive_int
 from ib_explain.data.batches import seeded
 from ib_explain.data.gaze import GazeImages
 from ib_explain.data.images import images_of
+from ib_explain.data.loaders import has_plan, with_plan
 from ib_explain.data.preprocessing import Preprocess
 from ib_explain.data.synthetic import Synthetic
 from ib_explain.samples import TRUTHS, ImageBatch, join, parts_of, truths_of
@@ -175,16 +176,7 @@ class Source:
         assert loader is not None
         if isinstance(loader.dataset, Synthetic) and not loader.dataset.pairs:  # the masks, too
             return map(loader.dataset.batch, groups)
-        return DataLoader(
-            loader.dataset,
-            batch_sampler=groups,
-            num_workers=min(loader.num_workers, len(groups)),
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout if groups else 0,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context if min(loader.num_workers, len(groups)) else None,
-        )
+        return with_plan(loader, groups, num_workers=min(loader.num_workers, len(groups)))
 
     def _read_through(self) -> Generator[ImageBatch, None, None]:
         """All batches; of a one-time iterator the first, which is kept, and those that were not read yet."""
@@ -243,8 +235,7 @@ class Source:
 def _loader_of(data: Any) -> DataLoader[Any] | None:
     """A loader whose batches can be read one by one, or None for what can only be read through."""
     if isinstance(data, DataLoader):
-        whole = type(data) is DataLoader and data.batch_sampler is not None
-        return None if not whole or isinstance(data.dataset, IterableDataset) else data
+        return data if has_plan(data) else None
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return DataLoader(data, BATCH, collate_fn=getattr(data, "collate", None))
     return None

@@ -223,6 +223,29 @@ class TestData:
             parts.append([next(stream)[0].item() for _ in range(4)])
         assert parts == [[0, 2, 0, 2], [1, 3, 1, 3]]  # the odd one out waits for nobody
 
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_processes_read_their_own_batches_of_a_loader_in_the_order_of_one(self, workers):
+        read: list[int] = []
+
+        class Counted(TensorDataset):
+            def __getitem__(self, place):
+                read.append(place)
+                return super().__getitem__(place)
+
+        data = Counted(torch.arange(22.0).view(22, 1, 1, 1))
+        options = {"shuffle": True, "num_workers": workers}
+        whole = Batches(DataLoader(data, 4, drop_last=True, **options), 0)()
+        wanted = [next(whole)[0].flatten().tolist() for _ in range(4)]
+        parts = []
+        for rank in (0, 1):
+            read.clear()
+            stream = Batches(DataLoader(data, 2, **options), 0, Share(rank, 2))()
+            parts.append([next(stream)[0].flatten().tolist() for _ in range(5)])  # the 11th batch is nobody's
+            if not workers:  # which count in processes of their own
+                assert read == [place for part in parts[rank] for place in map(int, part)]
+        assert [a + b for a, b in zip(*parts, strict=True)][:4] == wanted
+        assert len({place for part in (*parts[0], *parts[1]) for place in part}) == 20
+
     def test_the_statistics_count_to_what_the_data_holds(self, capsys):
         ib = IBAttention(tiny(), "stages.1")
         ib.fit(DataLoader(TensorDataset(images(6)), 4), steps=1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ib_explain.data.images import images_of
+from ib_explain.data.loaders import has_plan, with_plan
 
 __all__ = ["Batches", "Share", "seeded"]
 
@@ -29,7 +30,7 @@ class Batches:
 
     The order of a shuffling DataLoader and of random augmentations in its own process follows from the seed and the
     epoch, so that a resumed run sees what an uninterrupted one would have seen. With several processes, step n takes
-    batch n * world + rank.
+    batch n * world + rank; of a plain DataLoader over a data set the others are not read.
 
     Args:
         data: an iterable of batches that can be read again (a DataLoader, a list), or once (a generator).
@@ -44,6 +45,9 @@ class Batches:
             )
         self.data, self.seed, self.share = data, seed, share or Share()
         self._once = iter(data) if hasattr(data, "__next__") else None
+        self._own: Iterable[Any] | None = None
+        if self.share.world > 1 and has_plan(data):
+            self._own = with_plan(data, _Dealt(data.batch_sampler, self.share))  # type: ignore[arg-type]
         self._size: tuple[int, ...] | None = None
         self._kept: list[Any] = []  # what a one-time iterator gave to the statistics, for the training that follows
 
@@ -91,21 +95,37 @@ class Batches:
             raise ValueError("data yielded no batch: an empty loader, or fewer batches than processes")
 
     def _epoch(self, epoch: int, *, keep: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
-        group: list[Any] = []
         with seeded(self.seed * 1_000_003 + epoch):
-            kept, self._kept = self._kept, []
-            for batch in self.data if self._once is None else itertools.chain(kept, self._once):
-                group.append(batch)
-                if keep and self._once is not None:
-                    self._kept.append(batch)
-                if len(group) == self.share.world:  # an incomplete last group would leave processes waiting
-                    images, labels = images_of(group[self.share.rank])
-                    size = tuple(images.shape[1:])
-                    if self._size not in (None, size):
-                        raise ValueError(f"images must be of one size, got {size} after {self._size}")
-                    self._size = size
-                    yield images, labels
-                    group = []
+            for batch in self._own if self._own is not None else _Dealt(self._read_through(keep), self.share):
+                images, labels = images_of(batch)
+                size = tuple(images.shape[1:])
+                if self._size not in (None, size):
+                    raise ValueError(f"images must be of one size, got {size} after {self._size}")
+                self._size = size
+                yield images, labels
+
+    def _read_through(self, keep: bool) -> Iterator[Any]:
+        """All batches of an epoch, those kept of a one-time iterator first."""
+        kept, self._kept = self._kept, []
+        for batch in self.data if self._once is None else itertools.chain(kept, self._once):
+            if keep and self._once is not None:
+                self._kept.append(batch)
+            yield batch
+
+
+class _Dealt:
+    """Every `world`-th of some batches; an incomplete last round is left out, or processes would wait for others."""
+
+    def __init__(self, batches: Iterable[Any], share: Share) -> None:
+        self.batches, self.share = batches, share
+
+    def __iter__(self) -> Iterator[Any]:
+        dealt: list[Any] = []
+        for batch in self.batches:
+            dealt.append(batch)
+            if len(dealt) == self.share.world:
+                yield dealt[self.share.rank]
+                dealt = []
 
 
 @contextlib.contextmanager
