@@ -36,7 +36,7 @@ SAMPLES = {
         "NHWC",
         (14, 14),
     ),
-    "test_vit": Sample((160, 160), {}, "blocks.1", "NLC, 1 token beside the grid", (10, 10)),
+    "test_vit": Sample((160, 160), {}, "blocks.0", "NLC, 1 token beside the grid", (10, 10)),
     "vit_tiny_patch16_dinov3_qkvb": Sample(
         (128, 128),
         {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 128},
