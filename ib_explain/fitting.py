@@ -6,7 +6,9 @@ that with nothing let through. So one default carries over from layer to layer a
 the number of classes and the scale of the logits. Images whose class the host sees in average content as well have no
 say in it: nothing that passes could keep what is not lost, and they would teach the attention to close.
 
-An attention that reads no gradient is fitted with one all the same: it prices the places.
+An attention that reads no gradient is fitted with one all the same: it prices the places. It has to learn where evidence
+is before it closes, so the rate's weight rises to beta over the first quarter of its fit: a class whose evidence it has
+lost by then would stay closed, since a closed gate says little of what an open one would show.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ STATISTICS_IMAGES = 2000
 # Of a fit whose number of steps is not given: without the gradient, evidence for a class has to be learned.
 DEFAULT_IMAGES = {"gradient": 6_400, "features": 12_800}
 UPDATES = 2  # of the weights on each batch: they share the clean pass, which costs as much as the restricted one
+PRICE_RISES = 0.25  # share of the batches, of a fit without the gradient
 LOOK_AGAIN = 8  # batches until the fully closed and the fully open bottleneck are looked at again
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -276,9 +279,12 @@ class _Trainer:
         worth = worth_fitting(seen.logits, closed, seen.target)
         # A batch in which no image tells more than average content (an untrained host's) still moves the attention.
         worth = torch.where(self._mean_over_processes(worth.sum()) > 0, worth, torch.ones_like(worth))
+        beta = PRICE * stake if self.settings.beta is None else torch.full_like(stake, self.settings.beta)
+        if not self.bottleneck.gradient:
+            beta = beta * min(1.0, (self.step_number + 1) / (PRICE_RISES * self.settings.steps))
         return _Terms(
             stake=stake,
-            beta=PRICE * stake if self.settings.beta is None else torch.full_like(stake, self.settings.beta),
+            beta=beta,
             price=location_price(seen),
             worth=worth,
             intact=F.cross_entropy(seen.logits.float(), seen.target, reduction="none"),
