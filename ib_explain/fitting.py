@@ -6,9 +6,9 @@ that with nothing let through. So one default carries over from layer to layer a
 the number of classes and the scale of the logits. Images whose class the host sees in average content as well have no
 say in it: nothing that passes could keep what is not lost, and they would teach the attention to close.
 
-An attention that reads no gradient is fitted with one all the same: it prices the places. It has to learn where evidence
-is before it closes, so the rate's weight rises to beta over the first quarter of its fit: a class whose evidence it has
-lost by then would stay closed, since a closed gate says little of what an open one would show.
+An attention that reads no gradient is fitted with one all the same: it prices the places. It has to learn where the
+evidence is before it closes, so the rate's weight rises to beta over the first eighth of its fit: for a class that it
+closes for too early it would stay closed, since a closed gate says little of what an open one would show.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STATISTICS_IMAGES = 2000
 # Of a fit whose number of steps is not given: without the gradient, evidence for a class has to be learned.
 DEFAULT_IMAGES = {"gradient": 6_400, "features": 12_800}
 UPDATES = 2  # of the weights on each batch: they share the clean pass, which costs as much as the restricted one
-PRICE_RISES = 0.25  # share of the batches, of a fit without the gradient
+PRICE_RISES = 0.125  # share of the batches, of a fit without the gradient
 LOOK_AGAIN = 8  # batches until the fully closed and the fully open bottleneck are looked at again
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -181,7 +181,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             beta: weight of the rate (`ib_explain.objective.rate`: the root of the nats a feature element, priced by
                 place) against the cross-entropy in nats; None for what is at stake in each image (the divergence of
                 the host's prediction from that with nothing let through), which carries over from layer to layer and
-                host to host.
+                host to host. With reads="features" the weight rises to beta over the first eighth of the steps.
             lr: peak learning rate, 2e-3 by default.
             objective: "prediction" explains what the host says (targets drawn from its own predictive distribution),
                 "label" the labels in the data.

@@ -86,6 +86,16 @@ class TestWhatTrains:
         assert fit(data, steps=2, beta=3.0).record["history"][0]["beta"] == 3.0
 
     @pytest.mark.slow
+    @pytest.mark.parametrize(("reads", "first"), [("gradient", 1.0), ("features", 0.5)])
+    def test_without_the_gradient_the_price_rises_over_the_first_eighth(self, reads, first):
+        record = fit(batches(), steps=16, reads=reads, beta=1.0).record
+        weights_of_steps = [first, first, *[1.0] * 30]  # two steps a batch
+        running = weights_of_steps[0]
+        for weight in weights_of_steps:
+            running = 0.95 * running + 0.05 * weight
+        assert record["history"][0]["beta"] == first
+        assert record["final_beta"] == pytest.approx(running)
+
     def test_the_class_that_the_host_sees_in_average_content_keeps_a_map(self):
         pictures = Synthetic(512, seed=1)
         batch = pictures.batch(range(512))
