@@ -112,8 +112,9 @@ def main() -> None:
         extras = q.extras(layer, examples, int(examples.shape[-1]))
         if unknown := set(options.without) - set(extras):
             sys.exit(f"--without takes of {', '.join(extras)}; got {', '.join(sorted(unknown))}")
-        for name in (name for name in extras if name not in options.without):  # a run each: a day may be too short
-            boards.append(run(f"extra-{name.replace(' ', '-')}", host, data, {name: extras[name]}, options))
+        for extra, made in extras.items():  # a run each: a day may be too short for all
+            if extra not in options.without:
+                boards.append(run(f"extra-{extra.replace(' ', '-')}", host, data, {extra: made}, options))
 
     folder = RESULTS / options.host if options.split == "val" else options.out / "table"
     folder.mkdir(parents=True, exist_ok=True)
