@@ -24,6 +24,7 @@ from ib_explain.survey import Candidate, Survey, survey
 __all__ = ["Site", "candidate_layers", "default_layer", "deeper_sites", "input_size_of", "resolve_site", "sites"]
 
 FINE_ENOUGH = 14 * 14  # cells beyond which a finer grid brings little and costs depth
+EFFECT_POWER = 2.5  # the square takes a branch of HRNet that carries .43, the cube the embedding of an untrained ViT
 LEAK_LIMIT = 0.05
 EFFECT_LIMIT = 0.01
 SHAPE_ONLY = 0.5  # what a layout counts that no probe confirmed
@@ -86,7 +87,7 @@ class Site:
 def default_layer(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> str:
     """Choose the layer for the bottleneck.
 
-    The rule maximises `fineness * depth * effect^3 * (1 - leak)` over the layers that are cuts:
+    The rule maximises `fineness * depth * effect^2.5 * (1 - leak)` over the layers that are cuts:
     fineness is min(1, h * w / 14^2), since a map cannot show what its grid cannot hold, and beyond 14 cells a side more
     cells help less than more depth; depth is the share of the host that has run, since deep features know classes;
     effect is what the grid alone carries (a class token that has read the image takes from it); leak is what flows
@@ -263,8 +264,8 @@ def _hope(candidate: Candidate) -> float:
 
 
 def _carried(effect: float) -> float:
-    """What the effect counts: cubed, for what has left the grid is neither shown nor there to be fitted."""
-    return min(1.0, effect) ** 3
+    """What the effect counts: a power, for what has left the grid is neither shown nor there to be fitted."""
+    return min(1.0, effect) ** EFFECT_POWER
 
 
 def _promise(layout: Layout, depth: float) -> float:
