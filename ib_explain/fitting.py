@@ -45,6 +45,7 @@ STATISTICS_IMAGES = 2000
 DEFAULT_IMAGES = {"gradient": 6_400, "features": 12_800}
 UPDATES = 2  # of the weights on each batch: they share the clean pass, which costs as much as the restricted one
 PRICE_RISES = 0.125  # share of the batches, of a fit without the gradient
+SHUT = 0.01  # of the batch's mean bits: an image that gets less, and loses its answer by it, has been closed for
 LOOK_AGAIN = 8  # batches until the fully closed and the fully open bottleneck are looked at again
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -313,10 +314,11 @@ class _Trainer:
         # Agreement is asked of the top-1's own attention: another class's keeps evidence against the top-1.
         top = seen.logits.argmax(1)
         asked, agreed = seen.target == top, logits.argmax(1) == top
-        bits = passed.sum(dim=(1, 2, 3)).mean()
+        bits = passed.sum(dim=(1, 2, 3))
+        shut = asked & ~agreed & (bits < SHUT * bits.mean())
         lost = (kept - terms.intact).mean()
-        means = [lost, bits, attention.mean.mean(), terms.stake.mean(), terms.beta.mean(), error]
-        figures = torch.stack([loss, *means, (asked & agreed).sum(), asked.sum()]).detach()
+        means = [lost, bits.mean(), attention.mean.mean(), terms.stake.mean(), terms.beta.mean(), error]
+        figures = torch.stack([loss, *means, (asked & agreed).sum(), shut.sum(), asked.sum()]).detach()
         self._follow(figures.float())
 
     def state(self) -> dict[str, Any]:
@@ -425,7 +427,7 @@ class _Trainer:
 
     def _follow(self, values: Tensor) -> None:
         """Update the running figures from this step (the same on every process)."""
-        loss, lost, bits, opened, stake, beta, error, agreed, asked = self._mean_over_processes(values).tolist()
+        loss, lost, bits, opened, stake, beta, error, agreed, shut, asked = self._mean_over_processes(values).tolist()
         if not math.isfinite(loss + error):
             raise FloatingPointError(
                 f"the loss became {loss + error} at step {self.step_number}; try a smaller lr or fp32"
@@ -434,6 +436,7 @@ class _Trainer:
         if self.bottleneck.relevance is not None:
             now["relevance_error"] = error
         now["agreement"] = agreed / asked if asked else self.figures.get("agreement", 1.0)
+        now["shut"] = shut / asked if asked else self.figures.get("shut", 0.0)
         old = self.figures or now
         self.figures = {name: 0.95 * old[name] + 0.05 * value for name, value in now.items()}
 

@@ -50,6 +50,7 @@ OBJECTIVES = ("prediction", "label")
 REFERENCE_IMAGES = 32
 LEAK_WORTH_A_WARNING = 0.05
 GRID_ALONE_WORTH_A_WARNING = 0.9
+SHUT_WORTH_A_WARNING = 0.05
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -196,7 +197,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
 
         Warns:
             UserWarning: the grid alone, with class tokens and the like held at their mean, keeps less than nine of ten
-                of the host's answers (`record["grid_alone"]`).
+                of the host's answers (`record["grid_alone"]`); or the attention has closed for more than one image in
+                twenty, whose answer is lost by it (`record["final_shut"]`): their maps are empty.
 
         Raises:
             TypeError: data that is no iterable of image tensors.
@@ -258,6 +260,10 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         if record["grid_alone"] < GRID_ALONE_WORTH_A_WARNING:
             told = f"the grid of layer {place.site.name!r} alone keeps {record['grid_alone']:.0%} of the host's answers"
             reason = "the rest is in what stands beside it, such as class tokens; an earlier layer keeps more"
+            warnings.warn(f"{told}: {reason}", UserWarning, stacklevel=2)
+        if record["final_shut"] > SHUT_WORTH_A_WARNING:
+            told = f"attention has closed for {record['final_shut']:.0%} of the images, whose answers are lost by it"
+            reason = "their maps are empty, perhaps those of a whole class; take more steps, or reads='gradient'"
             warnings.warn(f"{told}: {reason}", UserWarning, stacklevel=2)
         return self
 

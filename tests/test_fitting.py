@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
+from ib_explain.bottleneck.attention import AttentionNetwork
 from ib_explain.data.batches import Batches, Share
 from ib_explain.data.synthetic import Synthetic, demo_host
 from ib_explain.ib import IBAttention
@@ -122,6 +123,24 @@ class TestWhatTrains:
                 same = (restricted(x).argmax(1) == own).float().mean().item()
         assert ib.record["grid_alone"] == pytest.approx(same, abs=3 / 64)  # A = .999 lets a little noise in
         assert fit(batches()).record["grid_alone"] == 1
+
+    def test_images_that_attention_has_closed_for_are_told(self, monkeypatch):
+        """Half of the images, by their first pixel, get no attention."""
+        x = images(64)
+        own = tiny()(x).argmax(1)
+        plain = AttentionNetwork.forward
+
+        def closes(self, reading):
+            mean, std = plain(self, reading)
+            open_ = torch.arange(len(mean)) >= len(mean) // 2
+            return mean * open_[:, None, None, None] + 0 * std, 0 * std
+
+        monkeypatch.setattr(AttentionNetwork, "forward", closes)
+        with pytest.warns(UserWarning, match="attention has closed for .*% of the images"):
+            record = fit([x], steps=1).record
+        with torch.no_grad(), IBAttention(tiny(), "stages.1").restrict(0.0) as closed:
+            lost = (closed(x[:32]).argmax(1) != own[:32]).sum().item()
+        assert 0.05 < record["final_shut"] <= lost / 64 + 0.2
 
     def test_the_record_tells_the_run(self):
         record = fit(DataLoader(TensorDataset(images(16)), batch_size=8)).record
