@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 from torch import Tensor, nn
 
+from ib_explain.figures import LIGHT, Plot
+from ib_explain.leaderboard import Leaderboard
 from tests.models import images, tiny
+from tests.reporting import make_store, png
 
 
 @pytest.fixture(scope="module")
@@ -16,3 +19,15 @@ def host() -> nn.Module:
 @pytest.fixture(scope="module")
 def x() -> Tensor:
     return images(6)
+
+
+@pytest.fixture(scope="module")
+def board() -> Leaderboard:
+    """A made-up run."""
+    return Leaderboard.of(make_store())
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Spares tests that look at text the drawing."""
+    monkeypatch.setattr(Plot, "png", lambda self, theme=LIGHT, **options: png())

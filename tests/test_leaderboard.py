@@ -5,22 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ib_explain.figures import LIGHT, Plot
 from ib_explain.leaderboard import Leaderboard
 from ib_explain.results import RunStore
 from ib_explain.rows import Row
-from tests.reporting import INFO, SETTINGS, make_rows, make_store, png
-
-
-@pytest.fixture(scope="module")
-def board() -> Leaderboard:
-    return Leaderboard.of(make_store())
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Spares tests that look at text the drawing."""
-    monkeypatch.setattr(Plot, "png", lambda self, theme=LIGHT, **options: png())
+from tests.reporting import INFO, SETTINGS, make_rows, make_store
 
 
 def test_saved_where_it_ran(tmp_path, undrawn):

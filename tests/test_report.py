@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ib_explain.figures import DARK, LIGHT, Plot, plots
-from ib_explain.leaderboard import Leaderboard
+from ib_explain.figures import DARK, LIGHT, plots
 from ib_explain.markup import Picture, scale
 from ib_explain.report import Pictures, report_html
 from ib_explain.rows import Row
@@ -26,20 +25,8 @@ from tests.reporting import (
     LEVELS,
     METHODS,
     make_curves,
-    make_store,
     png,
 )
-
-
-@pytest.fixture(scope="module")
-def board() -> Leaderboard:
-    return Leaderboard.of(make_store())
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Spares tests that look at text the drawing."""
-    monkeypatch.setattr(Plot, "png", lambda self, theme=LIGHT, **options: png())
 
 
 @pytest.fixture(scope="module")
