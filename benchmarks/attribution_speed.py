@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 import ib_explain as ibx
 from ib_explain.data.batches import Batches
-from ib_explain.fitting import DEFAULT_IMAGES, UPDATES, FitSettings, make_accelerator
-from ib_explain.fitting import _Trainer as Trainer
+from ib_explain.fitting import DEFAULT_IMAGES, make_accelerator
 from ib_explain.hooks import frozen
 from ib_explain.io import versions
 from ib_explain.observation import observe
 from ib_explain.per_image import PerImageSettings, optimise
 from ib_explain.places import find_place
+from ib_explain.training import UPDATES, FitSettings, Trainer
 
 RESULTS = Path(__file__).parent / "results" / "attribution_speed.json"
 HOSTS = {"resnet50": "layer4", "vit_small_patch16_224": "blocks.10"}  # with the last stage for Captum's Grad-CAM

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import ib_explain as ibx
-from ib_explain import fitting, objective
+from ib_explain import objective, training
 from ib_explain.files import replace_file
 from ib_explain.io import versions
 from ib_explain.metrics import METRICS, Case
@@ -134,9 +134,9 @@ def fit(host: nn.Module, data: quality.Data, variant: Variant, steps: int) -> ib
 @contextmanager
 def changed(variant: Variant) -> Iterator[None]:
     with (
-        mock.patch.object(fitting, "PRICE", variant.price),
-        mock.patch.object(fitting, "rate", variant.rate),
-        mock.patch.object(fitting, "location_price", variant.prices),
+        mock.patch.object(training, "PRICE", variant.price),
+        mock.patch.object(training, "rate", variant.rate),
+        mock.patch.object(training, "location_price", variant.prices),
         mock.patch.object(objective, "CONTRAST", variant.contrast),
     ):
         yield

@@ -1,74 +1,37 @@
 """Fitting a bottleneck: statistics of the features, then a few hundred steps that train the attention network only.
 
-The loss is the target's cross-entropy behind the bottleneck plus beta times the rate (`ib_explain.objective`). Beta is
-found, not tuned: it is a fixed multiple of what is at stake in each image, the divergence of the host's prediction from
-that with nothing let through. So one default carries over from layer to layer and host to host, whatever their widths,
-the number of classes and the scale of the logits. Images whose class the host sees in average content as well have no
-say in it: nothing that passes could keep what is not lost, and they would teach the attention to close.
-
-An attention that reads no gradient is fitted with one all the same: it prices the places. It has to learn where the
-evidence is before it closes, so the rate's weight rises to beta over the first eighth of its fit: for a class that it
-closes for too early it would stay closed, since a closed gate says little of what an open one would show.
+What a step does is in `ib_explain.training`.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ib_explain.bottleneck.anchors import Anchors
 from ib_explain.bottleneck.module import Bottleneck
 from ib_explain.checks import check_images
-from ib_explain.data.batches import Batches, Share
+from ib_explain.data.batches import Batches
 from ib_explain.hooks import host_device
-from ib_explain.objective import PRICE, location_price, nats_at_stake, rate, worth_fitting
-from ib_explain.observation import Observation, observe
+from ib_explain.observation import observe
 from ib_explain.places import Place
 from ib_explain.progress import Progress
-from ib_explain.relevance import LEAST_TYPICAL_BITS, coalitions, label_information, regression_loss
 from ib_explain.statistics import Moments, RunningMean, RunningMoments
+from ib_explain.training import PRECISIONS, FitSettings, Trainer
 
-__all__ = ["FitSettings", "Statistics", "choose_precision", "estimate_statistics", "make_accelerator", "train"]
+__all__ = ["Statistics", "choose_precision", "doubts", "estimate_statistics", "make_accelerator", "train"]
 
 STATISTICS_IMAGES = 2000
 # Of a fit whose number of steps is not given: without the gradient, evidence for a class has to be learned.
 DEFAULT_IMAGES = {"gradient": 6_400, "features": 12_800}
-UPDATES = 2  # of the weights on each batch: they share the clean pass, which costs as much as the restricted one
-PRICE_RISES = 0.125  # share of the batches, of a fit without the gradient
-SHUT = 0.01  # of the batch's mean bits: an image that gets less, and loses its answer by it, has been closed for
-LOOK_AGAIN = 8  # batches until the fully closed and the fully open bottleneck are looked at again
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """All that decides a fit, besides data and host.
-
-    Attributes:
-        steps: number of batches, with `UPDATES` steps of the optimiser on each.
-        beta: weight of the rate in the loss; None for `PRICE` times what is at stake in each image.
-        lr: peak learning rate of Adam; one cosine cycle with a short warm-up.
-        objective: "prediction" draws targets from the host's own predictive distribution, "label" takes the labels.
-        precision: "fp32", "bf16" or "fp16"; statistics, gate and bits are float32 in any case.
-        seed: decides initial weights, order of data, targets and noise.
-    """
-
-    steps: int
-    beta: float | None
-    lr: float
-    objective: str
-    precision: str
-    seed: int
+GRID_ALONE_IN_DOUBT = 0.9
+SHUT_IN_DOUBT = 0.05
 
 
 @dataclass
@@ -173,7 +136,7 @@ def train(
         every: steps between two saves.
         show_progress: bar or lines on standard error.
     """
-    trainer = _Trainer(bottleneck, host, place, data.share, settings, accelerator)
+    trainer = Trainer(bottleneck, host, place, data.share, settings, accelerator)
     if state is not None:
         trainer.load(state)
     batches = data(skip=trainer.step_number)
@@ -198,270 +161,17 @@ def train(
     return record
 
 
-class _Terms(NamedTuple):
-    """What the loss needs from a clean pass, the same for all steps on it: (B,) each, the price (B, 1, h, w)."""
-
-    stake: Tensor
-    beta: Tensor
-    price: Tensor
-    worth: Tensor
-    intact: Tensor
-    """Cross-entropy of the target without a bottleneck."""
-
-
-class _Trainer:
-    """One fit: the optimiser, beta, and running figures. `state` and `load` carry it over an interruption."""
-
-    def __init__(
-        self,
-        bottleneck: Bottleneck,
-        host: nn.Module,
-        place: Place,
-        share: Share,
-        settings: FitSettings,
-        accelerator: Accelerator,
-    ) -> None:
-        self.bottleneck, self.host, self.place = bottleneck, host, place
-        self.share, self.settings, self.accelerator = share, settings, accelerator
-        anchors = list(bottleneck.anchors.parameters()) if bottleneck.anchors is not None else []
-        network = list(bottleneck.network.parameters())
-        self.parameters = [*network, *anchors]
-        groups = [{"params": network, "lr": settings.lr}]
-        if anchors:
-            groups.append({"params": anchors, "lr": Anchors.LEARNING_RATE})
-        if bottleneck.relevance is not None:
-            relevance = list(bottleneck.relevance.parameters())
-            self.parameters += relevance
-            groups.append({"params": relevance, "lr": settings.lr})
-        self.optimiser = torch.optim.Adam(groups)
-        device = host_device(host)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        self.autocast = functools.partial(
-            torch.autocast, device.type, PRECISIONS[settings.precision], enabled=settings.precision != "fp32"
+def doubts(record: dict[str, Any]) -> list[str]:
+    """What a user should know of a finished fit before trusting its maps; empty if all is well."""
+    found = []
+    if record["grid_alone"] < GRID_ALONE_IN_DOUBT:
+        found.append(
+            f"the grid of layer {record['layer']!r} alone keeps {record['grid_alone']:.0%} of the host's answers: "
+            "the rest is in what stands beside it, such as class tokens; an earlier layer keeps more"
         )
-        self.peaks = [float(group["lr"]) for group in self.optimiser.param_groups]
-        self.step_number, self.images, self.seconds_before = 0, 0, 0.0
-        self.updates = 0
-        self.closed: Tensor | None = None  # what the host says with nothing let through: running mean of p, (1, K)
-        self.grid_alone = 1.0  # share of the answers that the intact grid keeps with all beside it held: running mean
-        self.figures: dict[str, float] = {}
-        self.history: list[dict[str, float]] = []
-        self.started = time.monotonic()
-
-    def step(self, x: Tensor, labels: Tensor | None) -> None:
-        """One clean pass of a batch, and `UPDATES` steps of the optimiser on it, each with noise of its own."""
-        first, *later = (
-            _BatchNoise(self.settings.seed, self.step_number * (1 + UPDATES) + part, len(x), self.share, x.device)
-            for part in range(1 + UPDATES)
+    if record["final_shut"] > SHUT_IN_DOUBT:
+        found.append(
+            f"attention has closed for {record['final_shut']:.0%} of the images, whose answers are lost by it: "
+            "their maps are empty, perhaps those of a whole class; take more steps, or reads='gradient'"
         )
-        with self.autocast():
-            seen = observe(
-                self.host,
-                self.place.site,
-                x,
-                self._targets(labels, first),
-                deeper=self.place.deeper,
-                gradient=True,
-            )
-        if self.step_number % LOOK_AGAIN == 0:
-            self._look_at_both_ends(seen, first)
-        terms = self._terms(seen)
-        for noise in later:
-            self._update(seen, terms, noise)
-        self.step_number += 1
-        self.images += len(x) * self.share.world
-        if self.step_number % 10 == 1:
-            self.history.append({"step": self.step_number - 1, **{k: round(v, 5) for k, v in self.figures.items()}})
-
-    def _terms(self, seen: Observation) -> _Terms:
-        assert self.closed is not None
-        closed = self.closed.clamp_min(1e-30).log()
-        stake = nats_at_stake(seen.logits, closed)
-        worth = worth_fitting(seen.logits, closed, seen.target)
-        # A batch in which no image tells more than average content (an untrained host's) still moves the attention.
-        worth = torch.where(self._mean_over_processes(worth.sum()) > 0, worth, torch.ones_like(worth))
-        beta = PRICE * stake if self.settings.beta is None else torch.full_like(stake, self.settings.beta)
-        if not self.bottleneck.gradient:
-            beta = beta * min(1.0, (self.step_number + 1) / (PRICE_RISES * self.settings.steps))
-        return _Terms(
-            stake=stake,
-            beta=beta,
-            price=location_price(seen),
-            worth=worth,
-            intact=F.cross_entropy(seen.logits.float(), seen.target, reduction="none"),
-        )
-
-    def _update(self, seen: Observation, terms: _Terms, noise: _BatchNoise) -> None:
-        bottleneck = self.bottleneck
-        with self.autocast():
-            attention = bottleneck.attend(seen, noise.normal((1, *self.place.site.grid)))
-            restricted = bottleneck.restriction.apply_to(
-                seen, self.place.site.layout, attention.value, noise.normal(seen.features.shape[1:])
-            )
-            logits = seen.tail(restricted).float()
-        kept = F.cross_entropy(logits, seen.target, reduction="none")  # (B,)
-        passed = bottleneck.restriction.bits(seen, attention.value)  # (B, 1, h, w)
-        cost = rate(passed, terms.price, seen.features.shape[1])  # (B,)
-        loss = (terms.worth * (kept + terms.beta * cost)).mean() + attention.loss
-        error = loss.new_zeros(()) if bottleneck.relevance is None else self._relevance_error(seen, noise)
-        self._schedule()
-        self.optimiser.zero_grad()
-        self.scaler.scale(loss + error).backward()
-        self._join_gradients()
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
-        self.updates += 1
-        # Agreement is asked of the top-1's own attention: another class's keeps evidence against the top-1.
-        top = seen.logits.argmax(1)
-        asked, agreed = seen.target == top, logits.argmax(1) == top
-        bits = passed.sum(dim=(1, 2, 3))
-        shut = asked & ~agreed & (bits < SHUT * bits.mean())
-        lost = (kept - terms.intact).mean()
-        means = [lost, bits.mean(), attention.mean.mean(), terms.stake.mean(), terms.beta.mean(), error]
-        figures = torch.stack([loss, *means, (asked & agreed).sum(), shut.sum(), asked.sum()]).detach()
-        self._follow(figures.float())
-
-    def state(self) -> dict[str, Any]:
-        """Everything a later run needs to go on: {"tensors": ..., "run": ...}."""
-        tensors: dict[str, Tensor] = {}
-        for index, values in self.optimiser.state_dict()["state"].items():
-            for name, value in values.items():
-                tensors[f"{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-        if self.closed is not None:
-            tensors["closed"] = self.closed.cpu()
-        run = {
-            "step": self.step_number,
-            "images": self.images,
-            "seconds": self.seconds_before + time.monotonic() - self.started,
-            "grid_alone": self.grid_alone,
-            "figures": self.figures,
-            "history": self.history,
-            "settings": asdict(self.settings),
-        }
-        return {"tensors": tensors, "run": run}
-
-    def load(self, state: dict[str, Any]) -> None:
-        run, tensors = state["run"], dict(state["tensors"])
-        self.closed = tensors.pop("closed").to(self.parameters[0].device)
-        optimiser = self.optimiser.state_dict()
-        optimiser["state"] = {}
-        for name, value in tensors.items():
-            index, key = name.split(".", 1)
-            optimiser["state"].setdefault(int(index), {})[key] = value
-        self.optimiser.load_state_dict(optimiser)
-        self.step_number, self.images, self.seconds_before = run["step"], run["images"], run["seconds"]
-        self.updates = UPDATES * self.step_number
-        self.grid_alone, self.figures, self.history = run["grid_alone"], run["figures"], run["history"]
-
-    def _targets(self, labels: Tensor | None, noise: _BatchNoise) -> Callable[[Tensor], Tensor] | Tensor:
-        if self.settings.objective == "label":
-            if labels is None:
-                raise ValueError("objective='label' needs data that yields (images, labels), got images alone")
-            return labels
-        return lambda logits: noise.draw(logits.float().softmax(dim=1))
-
-    def _schedule(self) -> None:
-        total = UPDATES * self.settings.steps
-        warmup = min(20, total // 10 + 1)
-        progress = self.updates / total
-        factor = min(1.0, (self.updates + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
-        for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * max(factor, 1e-3)
-
-    def _join_gradients(self) -> None:
-        """Mean of the gradients over processes, in one message."""
-        if self.share.world == 1:
-            return
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-
-    def _look_at_both_ends(self, seen: Observation, noise: _BatchNoise) -> None:
-        """What the host says with nothing let through, and how often it says the same with the whole grid."""
-        layout = self.place.site.layout
-        passing = noise.normal(seen.features.shape[1:])
-
-        def said(attention: float) -> Tensor:
-            value = torch.full((), attention, device=seen.features.device)
-            with torch.no_grad(), self.autocast():
-                return seen.tail(self.bottleneck.restriction.apply_to(seen, layout, value, passing)).float()
-
-        now = self._mean_over_processes(said(0.0).softmax(dim=1).mean(dim=0, keepdim=True))
-        self.closed = now if self.closed is None else 0.7 * self.closed + 0.3 * now
-        if layout.has_side and self.bottleneck.restriction.gate.measures_bits:
-            same = said(1.0).argmax(1) == seen.logits.argmax(1)
-            share = self._mean_over_processes(same.float().mean()).item()
-            looks = self.step_number // LOOK_AGAIN
-            self.grid_alone = (self.grid_alone * looks + share) / (looks + 1)
-
-    def _relevance_error(self, seen: Observation, noise: _BatchNoise) -> Tensor:
-        """Of a random set of positions in each image, and of all others: see `regression_loss`."""
-        bottleneck, layout = self.bottleneck, self.place.site.layout
-        chosen = coalitions(noise.uniform(), noise.normal((1, *self.place.site.grid)))
-        mixed = noise.normal(seen.features.shape[1:])
-
-        def said(passing: Tensor) -> Tensor:
-            with torch.no_grad(), self.autocast():
-                return seen.tail(bottleneck.restriction.apply_to(seen, layout, passing, mixed)).float()
-
-        nothing = said(torch.zeros_like(chosen))
-        closed, typical = bottleneck.get_buffer("closed"), bottleneck.get_buffer("typical_bits")
-        now = self._mean_over_processes(nothing.log_softmax(dim=1).mean(dim=0, keepdim=True))
-        closed.lerp_(now, 1 / (self.updates + 1))  # the mean of all steps
-        total = label_information(seen.logits, closed, seen.target).abs().mean()
-        typical.lerp_(self._mean_over_processes(total), 1 / (self.updates + 1)).clamp_min_(LEAST_TYPICAL_BITS)
-        by_chance = label_information(nothing, closed, seen.target)
-        with self.autocast():
-            relevance = bottleneck.label_bits(seen)
-        error = relevance.new_zeros(())
-        for passing in (chosen, 1 - chosen):
-            worth = label_information(said(passing), closed, seen.target)
-            # Of small sets the noise says more than they do; what it says alone is known, and zero in the mean.
-            worth = worth - (1 - passing.mean(dim=(1, 2, 3))) * by_chance
-            error = error + regression_loss(relevance / typical, passing, worth / typical).mean() / 2
-        return error
-
-    def _mean_over_processes(self, values: Tensor) -> Tensor:
-        return values if self.share.world == 1 else self.accelerator.reduce(values, reduction="mean")
-
-    def _follow(self, values: Tensor) -> None:
-        """Update the running figures from this step (the same on every process)."""
-        loss, lost, bits, opened, stake, beta, error, agreed, shut, asked = self._mean_over_processes(values).tolist()
-        if not math.isfinite(loss + error):
-            raise FloatingPointError(
-                f"the loss became {loss + error} at step {self.step_number}; try a smaller lr or fp32"
-            )
-        now = {"loss": loss, "bits": bits, "attention": opened, "lost": lost / stake, "beta": beta}
-        if self.bottleneck.relevance is not None:
-            now["relevance_error"] = error
-        now["agreement"] = agreed / asked if asked else self.figures.get("agreement", 1.0)
-        now["shut"] = shut / asked if asked else self.figures.get("shut", 0.0)
-        old = self.figures or now
-        self.figures = {name: 0.95 * old[name] + 0.05 * value for name, value in now.items()}
-
-
-class _BatchNoise:
-    """Random numbers of one use of a batch. They belong to the images of the global batch, not to a process."""
-
-    def __init__(self, seed: int, use: int, batch: int, share: Share, device: torch.device) -> None:
-        self.generator = torch.Generator(device).manual_seed((seed * 1_000_003 + use) * 7919 + 17)
-        self.batch, self.share, self.device = batch, share, device
-
-    def normal(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
-        """N(0, 1) for this process's images, (B, *shape)."""
-        everyone = (self.batch * self.share.world, *shape)
-        return self._mine(torch.randn(everyone, generator=self.generator, device=self.device))
-
-    def uniform(self) -> Tensor:
-        """In [0, 1), (B, 1)."""
-        everyone = (self.batch * self.share.world, 1)
-        return self._mine(torch.rand(everyone, generator=self.generator, device=self.device))
-
-    def draw(self, probabilities: Tensor) -> Tensor:
-        """One class for each row of (B, K) probabilities."""
-        drawn = (probabilities.cumsum(dim=1) < self.uniform()).sum(dim=1)
-        return drawn.clamp_max(probabilities.shape[1] - 1)
-
-    def _mine(self, values: Tensor) -> Tensor:
-        return values[self.share.rank * self.batch : (self.share.rank + 1) * self.batch]
+    return found

@@ -24,8 +24,8 @@ from ib_explain.data.batches import Batches, Share
 from ib_explain.files import replace_folder
 from ib_explain.fitting import (
     DEFAULT_IMAGES,
-    FitSettings,
     choose_precision,
+    doubts,
     estimate_statistics,
     make_accelerator,
     train,
@@ -40,6 +40,7 @@ from ib_explain.places import Place, find_place
 from ib_explain.sites import Site, input_size_of
 from ib_explain.stripes import probe_images
 from ib_explain.targets import Target, class_rows
+from ib_explain.training import FitSettings
 
 __all__ = ["OUTPUTS", "IBAttention"]
 
@@ -49,8 +50,6 @@ OPTIONS = ("gate", "reads", "anchors", "per_element", "relevance", "seed")  # th
 OBJECTIVES = ("prediction", "label")
 REFERENCE_IMAGES = 32
 LEAK_WORTH_A_WARNING = 0.05
-GRID_ALONE_WORTH_A_WARNING = 0.9
-SHUT_WORTH_A_WARNING = 0.05
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -257,14 +256,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         images = int(bottleneck.restriction.moments.get_buffer("count"))
         self.record = {"layer": place.site.name, "device": str(device), "data": _source(data)}
         self.record |= {"statistics_images": images, "versions": versions(), **record}
-        if record["grid_alone"] < GRID_ALONE_WORTH_A_WARNING:
-            told = f"the grid of layer {place.site.name!r} alone keeps {record['grid_alone']:.0%} of the host's answers"
-            reason = "the rest is in what stands beside it, such as class tokens; an earlier layer keeps more"
-            warnings.warn(f"{told}: {reason}", UserWarning, stacklevel=2)
-        if record["final_shut"] > SHUT_WORTH_A_WARNING:
-            told = f"attention has closed for {record['final_shut']:.0%} of the images, whose answers are lost by it"
-            reason = "their maps are empty, perhaps those of a whole class; take more steps, or reads='gradient'"
-            warnings.warn(f"{told}: {reason}", UserWarning, stacklevel=2)
+        for told in doubts(self.record):
+            warnings.warn(told, UserWarning, stacklevel=2)
         return self
 
     @_as_captum
