@@ -28,7 +28,7 @@ __all__ = [
     "map_tensors",
     "module_name",
 ]
-__all__ += ["replace_output", "run_host", "unwrap"]
+__all__ += ["replace_output", "run_host", "unwrap", "weights_state"]
 
 
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's names for what they wrap
@@ -58,6 +58,14 @@ def host_device(model: nn.Module) -> torch.device:
     """Device of the host's first parameter or buffer; the CPU for a host without any."""
     tensor = next(iter(model.parameters()), next(iter(model.buffers()), None))
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def weights_state(model: nn.Module) -> int:
+    """A number that changes with the host's parameters: what was found out about a host holds as long as it stays.
+
+    In-place changes (an optimiser, `load_state_dict`) raise a parameter's version; those of `parameter.data` do not.
+    """
+    return hash(tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters()))
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
@@ -90,8 +98,14 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 
     Restored at every exit: each module's own training flag, each parameter's `requires_grad`, and the random state of
     the CPU and of the host's GPU.
+
+    Raises:
+        TypeError: see `unwrap`.
+        ValueError: parameters made in inference mode, which no gradient may pass.
     """
     model = unwrap(model)
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError("model has parameters made in inference mode; make or load it outside torch.inference_mode()")
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     compiled = [(m, m._compiled_call_impl) for m in model.modules() if getattr(m, "_compiled_call_impl", None)]

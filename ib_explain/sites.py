@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from ib_explain.cuts import CleanPass
-from ib_explain.hooks import find_module, module_name, unwrap
+from ib_explain.hooks import find_module, module_name, unwrap, weights_state
 from ib_explain.layouts import Layout
 from ib_explain.stripes import find_layouts
 from ib_explain.survey import Candidate, Survey, survey
@@ -144,7 +144,7 @@ def resolve_site(
     input_size: tuple[int, int, int],
     args: tuple[Any, ...] = (),
 ) -> Site:
-    """Probe one layer for inputs of one size; known sites are remembered as long as the host lives.
+    """Probe one layer for inputs of one size; known sites are remembered while the host and its weights stay.
 
     Args:
         model: the host.
@@ -230,11 +230,16 @@ class _Known:
     default: str | None = None
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int, int], _Known]] = weakref.WeakKeyDictionary()
+# Of each host, for its weights as they were when it was looked at.
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[tuple[int, int, int], _Known]]]
+_KNOWN = weakref.WeakKeyDictionary()
 
 
 def _known(host: nn.Module, size: tuple[int, int, int]) -> _Known:
-    return _KNOWN.setdefault(host, {}).setdefault(size, _Known())
+    weights = weights_state(host)
+    if host not in _KNOWN or _KNOWN[host][0] != weights:
+        _KNOWN[host] = (weights, {})
+    return _KNOWN[host][1].setdefault(size, _Known())
 
 
 def _survey(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -> Survey:

@@ -84,6 +84,14 @@ def test_a_size_that_the_model_refuses_is_told_in_its_own_words(method: str) -> 
     assert_same(before, state(host))
 
 
+@pytest.mark.parametrize("method", ["ib", "grad_cam", "saliency", "rise"])
+def test_a_model_made_in_inference_mode(method: str) -> None:
+    with torch.inference_mode():
+        host = tiny("cnn")
+    with pytest.raises(ValueError, match=r"parameters made in inference mode; make or load it outside torch.inf"):
+        ibx.attribute(host, images(2), method=method)
+
+
 def test_a_size_that_leaves_no_grid() -> None:
     for door in ("fitted", "fitted.attribute", "fitted.information", "fit"):
         with pytest.raises(ValueError, match=r"'stages.1' has no spatial grid: expected at least .*\('B', 12, 1, 1\)"):

@@ -382,6 +382,14 @@ class TestResolve:
         handle.remove()
         assert len(ran) == passes
 
+    def test_other_weights_are_probed_again(self) -> None:
+        model = make(TinyCNN)
+        before = resolve_site(model, "stages.1", SIZE)
+        with torch.no_grad():
+            model.fc.weight.zero_()
+        assert before.effect == 1
+        assert math.isnan(resolve_site(model, "stages.1", SIZE).leak), "constant logits"
+
     def test_an_output_in_place_behind_the_layer(self) -> None:
         """`stem` is followed by an in-place ReLU: the site is what the layer returned, before it."""
         site = resolve_site(make(TinyCNN), "stem", SIZE)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_images
-from ib_explain.hooks import capture, run_host
+from ib_explain.hooks import capture, run_host, weights_state
 from ib_explain.methods.base import ROWS, Call
 from ib_explain.sites import Site
 from ib_explain.statistics import RunningMean, RunningMoments
@@ -60,9 +60,9 @@ def reference_statistics(call: Call, site: Site, images: Tensor | None, *, per_e
     """
     if images is not None:
         check_images(images, size=call.input_size, name="reference")
-    # In-place changes of weights or images raise their version, so that nothing stale is used.
-    weights = tuple((p.data_ptr(), p._version) for p in call.model.parameters())
-    key = (site.name, call.input_size, per_element, weights, None if images is None else images._version)
+    # In-place changes of weights or images change the key, so that nothing stale is used.
+    state = (weights_state(call.model), None if images is None else images._version)
+    key = (site.name, call.input_size, per_element, state)
     last = _LAST.get(call.model)
     if last is not None and last[0] == key and (last[1] and last[1]()) is images:
         return last[2]
