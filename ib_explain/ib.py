@@ -217,7 +217,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             accelerator = make_accelerator(device)
             batches = Batches(data, self.seed, Share(accelerator.process_index, accelerator.num_processes))
             first, _ = next(batches.first(1))
-            place = self._settle(find_place(host, self.layer_name, _size(first)))
+            place = find_place(host, self.layer_name, _size(first))
+            self._warn_of_leak(place)
             by_default = max(100, round(DEFAULT_IMAGES[self.reads] / (len(first) * batches.share.world)))
             settings = FitSettings(
                 steps=check_positive_int(by_default if steps is None else steps, "steps"),
@@ -232,10 +233,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             if resume and checkpoint is not None:
                 state = read_checkpoint(checkpoint, description, dataclasses.asdict(settings))
             if state is not None:
-                self._bottleneck = self._empty(state["weights"], place).to(device)
+                bottleneck = self._empty(state["weights"], place).to(device)
             else:
-                self._bottleneck = self._start(host, place, batches, accelerator, show_progress)
-            bottleneck = self._bottleneck
+                bottleneck = self._start(host, place, batches, accelerator, show_progress)
             save = None
             if checkpoint is not None:
                 folder = Path(checkpoint)
@@ -252,10 +252,12 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 every=every,
                 show_progress=show_progress,
             )
-            bottleneck.requires_grad_(False)
+        # Only now: a run that is interrupted leaves an earlier fit as it was.
+        self._bottleneck = bottleneck.requires_grad_(False)
+        self._settle(place)
         images = int(bottleneck.restriction.moments.get_buffer("count"))
-        self.record = {"layer": place.site.name, "device": str(device), "data": _source(data)}
-        self.record |= {"statistics_images": images, "versions": versions(), **record}
+        about = {"layer": place.site.name, "device": str(device), "data": _source(data)}
+        self.record = {**about, "statistics_images": images, "versions": versions(), **record}
         for told in doubts(self.record):
             warnings.warn(told, UserWarning, stacklevel=2)
         return self
@@ -344,7 +346,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             self.bottleneck  # noqa: B018 - says so if there is none
         with frozen(self.forward_func) as host:
             if self._place is None and self.layer_name is None:
-                self._settle(find_place(host, None, input_size_of(host)))
+                found = find_place(host, None, input_size_of(host))
+                self._warn_of_leak(found)
+                self._settle(found)
             name = str(self.layer_name)
             plan: list[tuple[Restriction, Observation, Layout, Tensor]] = []
             planning = False
@@ -415,6 +419,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         channels, height, width = config["input_size"]
         with frozen(model) as host:
             place = find_place(host, self.layer_name, (channels, height, width), read=False)
+            self._warn_of_leak(place)
             try:
                 place = self._settle(place.reading(config))
                 self._bottleneck = self._empty(tensors, place).to(host_device(host)).requires_grad_(False)
@@ -472,13 +477,15 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
 
     def _settle(self, place: Place) -> Place:
         """Remember where the bottleneck sits; from then on None as a layer means this one."""
+        self._place, self.layer_name = place, place.site.name
+        self.layer = find_module(self.host, place.site.name)
+        return place
+
+    def _warn_of_leak(self, place: Place) -> None:
         leak = place.site.leak
         if leak > LEAK_WORTH_A_WARNING and self.gate != "residual" and place != self._place:
             told = f"layer {place.site.name!r} is no cut: {leak:.0%} of the logits' spread flows around its grid"
             warnings.warn(f"{told}, so its bits do not bound what the model uses", UserWarning, stacklevel=3)
-        self._place, self.layer_name = place, place.site.name
-        self.layer = find_module(self.host, place.site.name)
-        return place
 
     def _describe(self, place: Place) -> dict[str, Any]:
         """What a saved bottleneck or a checkpoint says of itself."""
@@ -528,7 +535,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         size = _size(x)
         place = self._place
         if place is None or (not self.fitted and place.input_size != size):
-            place = self._settle(find_place(host, self.layer_name, size, args))
+            place = find_place(host, self.layer_name, size, args)
+            self._warn_of_leak(place)
+            self._settle(place)
         elif place.input_size != size:
             if self.per_element:
                 raise ValueError(f"per-element statistics hold for the fitted size {place.input_size}, got {size}")

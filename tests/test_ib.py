@@ -229,6 +229,21 @@ class TestHostStaysAsItWas:
             handle.remove()
         assert_same(before, facts(host))
 
+    @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+    def test_a_fit_that_is_interrupted_leaves_the_one_before(self, error):
+        host = tiny()
+        ib = IBAttention(host, "stages.1").fit([images(4)], steps=2, show_progress=False)
+        maps, record, site = ib.attribute(images(2)), ib.record, ib.site
+
+        def data():
+            yield images(4, size=32)
+            raise error
+
+        with pytest.raises(type(error)):
+            ib.fit(data(), steps=3, show_progress=False)
+        assert ib.record is record and ib.site is site
+        assert torch.equal(ib.attribute(images(2)), maps)
+
     def test_under_no_grad_and_with_gradients_of_others(self, cnn):
         ib, host = cnn
         x = images(2).requires_grad_()
