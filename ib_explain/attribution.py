@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ib_explain.checks import check_images, check_positive_int, take_options
-from ib_explain.hooks import frozen, host_device, run_host
+from ib_explain.checks import check_images, check_maps, check_positive_int, take_options
+from ib_explain.hooks import frozen, host_device, run_host, unwrap
 from ib_explain.methods.base import METHODS, Call
 from ib_explain.progress import Progress
+from ib_explain.randomness import check_seed, seeded
 from ib_explain.targets import Target, resolve_target, spread_target
 
-__all__ = ["as_maps", "attribute", "available_methods", "method_runner"]
+__all__ = ["as_maps", "attribute", "available_methods", "check_host", "method_runner"]
 
 
 def attribute(
@@ -42,7 +43,7 @@ def attribute(
             (B, C, H, W), whose channels are summed.
         layer: where the method looks; None for its own default.
         batch_size: images at a time; the maps do not depend on it.
-        seed: of everything random in the method.
+        seed: of everything random in the method, also of what a function of yours draws from the global generators.
         show_progress: show how many images are done.
         **options: the chosen method's own; an unknown one is a TypeError that lists them.
 
@@ -50,12 +51,16 @@ def attribute(
         (B, 1, H, W) float32, detached, on x's device. For the default method non-negative, in bits.
 
     Raises:
-        TypeError, ValueError, IndexError: in one line, what was expected and what came.
+        TypeError, ValueError, IndexError: in one line, what was expected and what came; a method whose maps hold NaN.
     """
     check_images(x, device=host_device(model) if isinstance(model, nn.Module) else None)
+    if layer is not None and not isinstance(method, str) and not is_dataclass(method):
+        raise TypeError(f"only registered methods take a layer here, got one for a {type(method).__name__}")
+    check_host(method, model)
     run = method_runner(method, options)
+    check_seed(seed)
     size = len(x) if batch_size is None else check_positive_int(batch_size, "batch_size")
-    with frozen(model) as host, Progress(len(x), "attribute", show=show_progress) as progress:
+    with frozen(model) as host, seeded(seed), Progress(len(x), "attribute", show=show_progress) as progress:
         if target is not None:  # checked before anything is computed, by methods of one pass within that pass
             target = spread_target(target, len(x)).to(x.device)
             if not getattr(method if hasattr(method, "attribute") else run, "resolves_target", False):
@@ -107,6 +112,22 @@ def method_runner(method: Any, options: dict[str, Any]) -> Callable[[Call], Any]
     )
 
 
+def check_host(method: Any, model: nn.Module) -> None:
+    """Refuse an `IBAttention` that belongs to another model.
+
+    Raises:
+        ValueError: it does.
+    """
+    from ib_explain.ib import IBAttention
+
+    if isinstance(method, IBAttention) and method.host is not unwrap(model):
+        raise ValueError(
+            f"the given IBAttention belongs to another {type(method.host).__name__}, not to this "
+            f"{type(unwrap(model)).__name__}; fit or load one for this very model, or pass the method's name, "
+            "which is optimised for whatever model comes"
+        )
+
+
 def _keywords(function: Callable[..., Any]) -> set[str]:
     import inspect
 
@@ -118,7 +139,12 @@ def _keywords(function: Callable[..., Any]) -> set[str]:
 
 
 def as_maps(maps: Any, x: Tensor) -> Tensor:
-    """Check a method's answer and bring it to (B, 1, H, W) float32 on x's device."""
+    """Check a method's answer and bring it to (B, 1, H, W) float32 on x's device.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: not one map an image, or NaN or infinite values.
+    """
     if isinstance(maps, tuple) and len(maps) == 1:
         maps = maps[0]
     if isinstance(maps, np.ndarray):
@@ -134,4 +160,5 @@ def as_maps(maps: Any, x: Tensor) -> Tensor:
         from ib_explain.maps import resize
 
         maps = resize(maps, (int(x.shape[2]), int(x.shape[3])))
+    check_maps(maps)
     return maps

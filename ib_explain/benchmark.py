@@ -15,7 +15,6 @@ from torch import nn
 
 from ib_explain.checks import check_positive_int, did_you_mean
 from ib_explain.contenders import contenders_of
-from ib_explain.data.batches import seeded
 from ib_explain.fitting import make_accelerator
 from ib_explain.gallery import draw_pictures
 from ib_explain.hooks import frozen, host_device, module_name, run_host
@@ -24,6 +23,7 @@ from ib_explain.leaderboard import Leaderboard
 from ib_explain.measuring import Measure, on_host
 from ib_explain.metrics import CONVENTIONS, METRICS, Metric
 from ib_explain.progress import Progress
+from ib_explain.randomness import check_seed, seeded
 from ib_explain.results import RunStore
 from ib_explain.samples import TRUTHS, ImageBatch
 from ib_explain.sources import Source
@@ -98,6 +98,7 @@ def benchmark(
     accelerator = make_accelerator(host_device(model))
     if out is None and accelerator.num_processes > 1:
         raise ValueError("several processes need a folder that all can write to; give out=FOLDER")
+    check_seed(seed)
     with frozen(model) as host, seeded(seed):
         source = Source(data, images=images, names=names, seed=seed)
         _check_needs(chosen, source)

@@ -6,13 +6,15 @@ Every public entry checks its arguments with these, so the same mistake reads th
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_images", "check_maps", "check_positive_int", "did_you_mean", "take_options"]
+__all__ = ["check_images", "check_maps", "check_number", "check_positive_int", "did_you_mean", "take_options"]
 
 
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 12) -> str:
@@ -109,6 +111,18 @@ def check_positive_int(value: Any, name: str) -> int:
     number = value.__index__()
     if number < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {number}")
+    return number
+
+
+def check_number(value: Any, name: str, *, above: float | None = None, at_least: float | None = None) -> float:
+    """Return `value` as a finite float beyond the bound, or say what came instead (bool is refused)."""
+    bound = f" > {above:g}" if above is not None else f" >= {at_least:g}" if at_least is not None else ""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number{bound}, got {value!r}")
+    number = float(value)
+    beyond = (above is None or number > above) and (at_least is None or number >= at_least)
+    if not (beyond and math.isfinite(number)):
+        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
     return number
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "host_device",
     "map_tensors",
     "module_name",
+    "outside_inference_mode",
 ]
 __all__ += ["replace_output", "run_host", "unwrap", "weights_state"]
 
@@ -55,7 +57,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def host_device(model: nn.Module) -> torch.device:
-    """Device of the host's first parameter or buffer; the CPU for a host without any."""
+    """Device of the host's first parameter or buffer; the CPU for a host without any. TypeError: see `unwrap`."""
+    model = unwrap(model)
     tensor = next(iter(model.parameters()), next(iter(model.buffers()), None))
     return torch.device("cpu") if tensor is None else tensor.device
 
@@ -65,7 +68,8 @@ def weights_state(model: nn.Module) -> int:
 
     In-place changes (an optimiser, `load_state_dict`) raise a parameter's version; those of `parameter.data` do not.
     """
-    return hash(tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters()))
+    # Parameters made in inference mode have no version; `frozen` refuses them.
+    return hash(tuple((p.data_ptr(), None if p.is_inference() else p._version) for p in model.parameters()))
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
@@ -96,8 +100,9 @@ def module_name(model: nn.Module, module: nn.Module) -> str:
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Lend the unwrapped host in eval mode, without parameter gradients, run eagerly; hand it back as it came.
 
-    Restored at every exit: each module's own training flag, each parameter's `requires_grad`, and the random state of
-    the CPU and of the host's GPU.
+    Inside, a host that writes into its images gets copies, and gradients can be had under the caller's
+    `torch.inference_mode()` too. Restored at every exit: each module's own training flag, each parameter's
+    `requires_grad`, and the random state of the CPU and of the host's GPU.
 
     Raises:
         TypeError: see `unwrap`.
@@ -111,7 +116,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     compiled = [(m, m._compiled_call_impl) for m in model.modules() if getattr(m, "_compiled_call_impl", None)]
     device = host_device(model)
     gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus), _eagerly():
+    with torch.random.fork_rng(devices=gpus), _eagerly(), outside_inference_mode(), _images_spared(model):
         try:
             for module, _ in modes:
                 module.training = False
@@ -127,6 +132,48 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
                 parameter.requires_grad_(flag)
             for module, implementation in compiled:
                 module._compiled_call_impl = implementation
+
+
+@contextlib.contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leave the caller's `torch.inference_mode()`, in which no gradient can be had, for `torch.no_grad()`."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
+
+
+# Whether a host writes into its images, as those do that normalise them in place: known after a whole pass.
+_WRITES: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _images_spared(host: nn.Module) -> Iterator[None]:
+    """Give the host copies of its images, unless it is known to leave them as they are."""
+    if _WRITES.get(host) is False:
+        yield
+        return
+    copies: list[Tensor] = []
+
+    def before(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if _WRITES.get(host) is False or not (inputs and isinstance(inputs[0], Tensor)):
+            return None
+        copies[:] = [inputs[0].clone()]
+        return (*copies, *inputs[1:])
+
+    def after(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        if copies:
+            _WRITES[host] = _WRITES.get(host, False) or copies.pop()._version > 0
+
+    handles = []
+    try:
+        handles.append(host.register_forward_pre_hook(before, prepend=True))
+        handles.append(host.register_forward_hook(after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class HostArgs(tuple[Any, ...]):

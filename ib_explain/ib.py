@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ib_explain.bottleneck.gates import GATES
 from ib_explain.bottleneck.module import Bottleneck, Restriction, empty_bottleneck
 from ib_explain.checkpoints import read_checkpoint, write_checkpoint
-from ib_explain.checks import check_images, check_positive_int, did_you_mean
+from ib_explain.checks import check_images, check_number, check_positive_int, did_you_mean
 from ib_explain.data.batches import Batches, Share
 from ib_explain.files import replace_folder
 from ib_explain.fitting import (
@@ -37,6 +36,7 @@ from ib_explain.maps import resize, spread, spread_signed, without_lattice, with
 from ib_explain.observation import Observation, observe
 from ib_explain.per_image import REFINING_LR, PerImageSettings, optimise
 from ib_explain.places import Place, find_place
+from ib_explain.randomness import check_seed, generator_of
 from ib_explain.sites import Site, input_size_of
 from ib_explain.stripes import probe_images
 from ib_explain.targets import Target, class_rows
@@ -119,7 +119,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             raise ValueError(f"unknown reads {reads!r}{did_you_mean(str(reads), READS)}")
         if anchors and check_positive_int(anchors, "anchors") < 2:
             raise ValueError(f"anchors must be 0 (none) or at least 2, got {anchors}")
-        self.gate, self.reads, self.anchors, self.per_element, self.seed = gate, reads, anchors, per_element, seed
+        self.gate, self.reads, self.anchors, self.per_element = gate, reads, anchors, per_element
+        self.seed = check_seed(seed)
         self.relevance = relevance
         self.record: dict[str, Any] | None = None
         self._bottleneck: Bottleneck | None = None
@@ -206,13 +207,12 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         if objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {objective!r}{did_you_mean(str(objective), OBJECTIVES)}")
         for name, value in (("beta", beta), ("lr", lr)):
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and 0 < value < math.inf):
-                raise ValueError(f"{name} must be a positive number or None, got {value!r}")
+            if value is not None:
+                check_number(value, name, above=0)
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=FOLDER, got None")
         check_positive_int(every, "every")
-        with frozen(self.forward_func) as host:
+        with frozen(self.forward_func) as host, torch.enable_grad():
             device = host_device(host)
             accelerator = make_accelerator(device)
             batches = Batches(data, self.seed, Share(accelerator.process_index, accelerator.num_processes))
@@ -370,7 +370,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 if planning:
                     return output
                 restriction, seen, layout, value = plan[0]
-                generator = torch.Generator(value.device).manual_seed(self.seed)
+                generator = generator_of(self.seed, value.device)
                 noise = torch.randn((1, *seen.features.shape[1:]), generator=generator, device=value.device)
                 return restriction.apply_to(seen, layout, value, noise)
 
@@ -506,7 +506,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         gradient = self.reads == "gradient"
         restriction = Restriction(self.gate, found.moments, found.side)
         classes = None if gradient else class_rows(host, found.classes, self.seed)
-        torch.manual_seed(self.seed)  # inside `frozen`, which puts the user's random state back
+        torch.manual_seed(self.seed % 2**63)  # inside `frozen`, which puts the user's random state back
         bottleneck = Bottleneck(
             restriction,
             found.deep,

@@ -18,6 +18,7 @@ from ib_explain.bottleneck.module import Restriction
 from ib_explain.layouts import Layout
 from ib_explain.objective import PRICE, location_price, nats_at_stake, rate
 from ib_explain.observation import Observation
+from ib_explain.randomness import generator_of
 
 __all__ = ["REFINING_LR", "PerImageSettings", "optimise"]
 
@@ -71,7 +72,7 @@ def optimise(
     first = torch.full(shape, math.log(START / (1 - START)), device=features.device) if start is None else _logit(start)
     logit = first.detach().float().clone().requires_grad_()
     optimiser = torch.optim.Adam([logit], lr=settings.lr)
-    generator = torch.Generator(features.device).manual_seed(settings.seed)
+    generator = generator_of(settings.seed, features.device)
     price = location_price(seen)
     beta = _beta(restriction, seen, layout, settings, generator)  # (B,)
     kept, averaged = torch.zeros(shape, device=features.device), max(1, settings.steps // 4)

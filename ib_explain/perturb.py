@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ib_explain.checks import check_positive_int, did_you_mean
 from ib_explain.maps import pixel_order
+from ib_explain.randomness import generator_of
 
 __all__ = ["FILLS", "fill_images", "gaussian_blur", "pixel_ranks", "rise_blur", "step_counts", "tied_share"]
 
@@ -127,7 +128,7 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def _noise(x: Tensor, seed: int) -> Tensor:
-    field = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(seed)).to(x)
+    field = torch.randn(x.shape[1:], generator=generator_of(seed)).to(x)
     return _mean(x) + x.std(dim=(2, 3), keepdim=True, correction=0) * field
 
 

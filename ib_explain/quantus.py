@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from ib_explain.attribution import attribute
-from ib_explain.contenders import check_host
 from ib_explain.hooks import host_device
 
 __all__ = ["quantus_explain"]
@@ -49,7 +48,6 @@ def quantus_explain(model: nn.Module, inputs: Any, targets: Any = None, **kwargs
     if asked is not None and torch.device(asked).type != device.type:
         raise ValueError(f"device must be the model's, {device}, got {asked}; move the model before")
     method = kwargs.pop("method", "ib")
-    check_host(method, model)
     x = torch.as_tensor(np.asarray(inputs) if not isinstance(inputs, torch.Tensor) else inputs)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     target = None if targets is None else np.asarray(targets)

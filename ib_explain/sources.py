@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ib_explain.checks import check_positive_int
-from ib_explain.data.batches import seeded
 from ib_explain.data.gaze import GazeImages
 from ib_explain.data.images import images_of
 from ib_explain.data.loaders import has_plan, with_plan
 from ib_explain.data.preprocessing import Preprocess
 from ib_explain.data.synthetic import Synthetic
+from ib_explain.randomness import seeded
 from ib_explain.samples import TRUTHS, ImageBatch, join, parts_of, truths_of
 
 __all__ = ["BATCH", "Source"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ib_explain.hooks import capture, frozen, host_device, run_host
 from ib_explain.layouts import Layout, leaves
+from ib_explain.randomness import generator_of
 from ib_explain.readings import CERTAIN, FEW, STRIPES, Reader, choose
 
 __all__ = ["find_layouts", "probe_batch", "probe_images"]
@@ -23,7 +24,7 @@ __all__ = ["find_layouts", "probe_batch", "probe_images"]
 
 def probe_images(count: int, size: tuple[int, int, int], seed: int) -> Tensor:
     """Smooth multi-scale noise of unit variance, (count, C, H, W) float32: it excites every scale and no class."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     channels, height, width = size
     image = torch.zeros(count, channels, height, width)
     for octave in range(6):

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ib_explain.randomness import generator_of
+
 __all__ = ["Target", "class_rows", "resolve_target", "spread_target", "target_scores"]
 
 Target = int | Sequence[int] | Tensor | np.ndarray | None
@@ -68,7 +70,7 @@ def class_rows(model: nn.Module, classes: int, seed: int = 0) -> Tensor:
     ]
     if rows:
         return rows[-1].detach().float().clone()
-    return torch.randn(classes, 64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(classes, 64, generator=generator_of(seed))
 
 
 def _as_int64(target: Any, batch: int) -> Tensor:

@@ -32,6 +32,7 @@ from ib_explain.hooks import host_device
 from ib_explain.objective import PRICE, location_price, nats_at_stake, rate, worth_fitting
 from ib_explain.observation import Observation, observe
 from ib_explain.places import Place
+from ib_explain.randomness import generator_of
 from ib_explain.relevance import LEAST_TYPICAL_BITS, coalitions, label_information, regression_loss
 
 __all__ = ["PRECISIONS", "UPDATES", "FitSettings", "Trainer"]
@@ -311,7 +312,7 @@ class _BatchNoise:
     """Random numbers of one use of a batch. They belong to the images of the global batch, not to a process."""
 
     def __init__(self, seed: int, use: int, batch: int, share: Share, device: torch.device) -> None:
-        self.generator = torch.Generator(device).manual_seed((seed * 1_000_003 + use) * 7919 + 17)
+        self.generator = generator_of((seed * 1_000_003 + use) * 7919 + 17, device)
         self.batch, self.share, self.device = batch, share, device
 
     def normal(self, shape: tuple[int, ...] | torch.Size) -> Tensor:

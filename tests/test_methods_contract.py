@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ib_explain as ibx
-from ib_explain.methods import METHODS, NotApplicable
+from ib_explain.methods import METHODS, NotApplicable, register_method
 
 HOSTS = ("test_resnet", "test_vit", "test_mambaout")
 SIZE = 64
@@ -101,6 +102,41 @@ def test_contract(method: str, name: str) -> None:
     assert torch.equal(x, copy)
 
 
+@pytest.mark.parametrize("method", sorted({m for m, _ in APPLICABLE if m not in WITHOUT_HOST}))
+def test_under_inference_mode(method: str) -> None:
+    """On a host that nobody has looked at, so that nothing that was found out there is wrong afterwards."""
+    name = "test_vit" if method in REFUSED["test_resnet"] else "test_resnet"
+    x, expected = images(), maps(method, name, images())
+    host, options = copy.deepcopy(host_of(name)), QUICK.get(method, {})
+    layer = LAYER.get(method, {}).get(name)
+    with torch.inference_mode():
+        inside = ibx.attribute(host, x, method=method, layer=layer, **options)
+    assert torch.equal(inside, expected)
+    assert torch.equal(ibx.attribute(host, x, method=method, layer=layer, **options), expected)
+
+
+class Normalising(nn.Module):
+    def __init__(self, host: nn.Module, *, in_place: bool) -> None:
+        super().__init__()
+        self.host, self.in_place = host, in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.host(x.sub_(0.1).div_(1.5) if self.in_place else (x - 0.1) / 1.5)
+
+
+@pytest.mark.parametrize("target", [None, 1])
+@pytest.mark.parametrize("method", sorted({m for m, _ in APPLICABLE if m not in WITHOUT_HOST}))
+def test_a_host_that_writes_into_its_images(method: str, target: int | None) -> None:
+    name = "test_vit" if method in REFUSED["test_resnet"] else "test_resnet"
+    layer = LAYER.get(method, {}).get(name)
+    x, options = images(), {"layer": layer and f"host.{layer}", "target": target, **QUICK.get(method, {})}
+    writes, spares = (Normalising(host_of(name), in_place=in_place) for in_place in (True, False))
+    expected = ibx.attribute(spares, x, method=method, **options)
+    for _ in "12":  # the first time it is found out
+        torch.testing.assert_close(ibx.attribute(writes, x, method=method, **options), expected, rtol=1e-4, atol=1e-6)
+        assert torch.equal(x, images())
+
+
 @pytest.mark.parametrize(("method", "name"), [case for case in APPLICABLE if case[0] not in WITHOUT_HOST])
 def test_host_is_whole_after_a_failure_inside(method: str, name: str) -> None:
     """Break the host in each of its first passes; of some methods the first is `attribute`'s own, for the target."""
@@ -140,6 +176,76 @@ def test_not_applicable_says_why_in_one_line(method: str, name: str) -> None:
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) > 30
     assert state(host_of(name)) == before
+
+
+def test_a_branch_that_the_class_does_not_reach_through_the_first_attention() -> None:
+    host = timm.create_model("crossvit_9_240", num_classes=3).eval()
+    with pytest.raises(NotApplicable, match="holds attention of shape .*, not over all"):
+        ibx.attribute(host, torch.randn(1, 3, 240, 240), method="attention_gradient_rollout")
+
+
+def test_not_only_registered_methods_keep_the_promises() -> None:
+    host, x = host_of("test_resnet"), images()
+
+    def noise(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        return torch.rand(len(x), 1, *x.shape[2:])
+
+    one, again, other = (ibx.attribute(host, x, method=noise, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    for method in (noise, ibx.IBAttention(host)):
+        with pytest.raises(TypeError, match="only registered methods take a layer here, got one for a "):
+            ibx.attribute(host, x, method=method, layer="nope")
+    with pytest.raises(ValueError, match="IBAttention belongs to another ResNet, not to this ResNet"):
+        ibx.attribute(copy.deepcopy(host), x, method=ibx.IBAttention(host))
+    with pytest.raises(ValueError, match="maps must be finite, got 4096 NaN or infinite values"):
+        ibx.attribute(host, x, method=lambda model, x, target: torch.stack([x[0, :1], x[1, :1] * torch.nan]))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "text"),
+    [
+        ("ib", {"beta": float("nan")}, "beta must be a finite number > 0, got nan"),
+        ("iba", {"beta": -1}, "beta must be a finite number >= 0, got -1"),
+        ("smooth_grad", {"noise": -1}, "noise must be a finite number >= 0, got -1"),
+        ("gradient_shap", {"noise": "0.1"}, "noise must be a number >= 0, got '0.1'"),
+        ("grad_cam", {"relu": "yes"}, "relu must be True or False, got 'yes'"),
+        ("rise", {"keep": "a"}, "keep must be a number, got 'a'"),
+        ("occlusion", {"window": 0}, "window must be an integer >= 1, got 0"),
+        ("feature_ablation", {"tile": 0}, "tile must be an integer >= 1, got 0"),
+        ("integrated_gradients", {"steps": 0}, "steps must be an integer >= 1, got 0"),
+        ("random", {"seed": None}, "seed must be an integer, got None"),
+        ("random", {"seed": 1.5}, "seed must be an integer, got 1.5"),
+    ],
+)
+def test_bad_values(method: str, options: dict[str, Any], text: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=text):
+        ibx.attribute(host_of("test_resnet"), images(), method=method, **options)
+
+
+@pytest.mark.parametrize("method", ["ib", "iba", "rise", "smooth_grad", "gradient_shap", "random", "br_npa"])
+@pytest.mark.parametrize("seed", [-3, 2**70])
+def test_any_integer_is_a_seed(method: str, seed: int) -> None:
+    one, again = (maps(method, "test_resnet", images(), seed=seed) for _ in "12")
+    assert torch.equal(one, again)
+
+
+def test_a_function_under_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
+
+    @register_method("brightness")
+    def brightness(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        """Brightness of the pixel."""
+        return x.mean(dim=1, keepdim=True)
+
+    host, x = host_of("test_resnet"), images()
+    assert torch.equal(ibx.attribute(host, x, method="brightness"), brightness(host, x, torch.zeros(2)))
+    assert ibx.available_methods()["brightness"] == "Brightness of the pixel."
+    with pytest.raises(TypeError, match="method 'brightness' has no option 'relu'"):
+        ibx.attribute(host, x, method="brightness", relu=True)
+    with pytest.raises(ValueError, match="method 'brightness' takes no layer, got 'layer1'"):
+        ibx.attribute(host, x, method="brightness", layer="layer1")
+    board = ibx.benchmark(host, [x], methods=["brightness"], metrics=["sparsity_max_over_mean"])
+    assert {row.method for row in board.rows} == {"brightness"}
 
 
 @pytest.mark.parametrize("method", METHODS)

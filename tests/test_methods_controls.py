@@ -42,7 +42,7 @@ def test_constant() -> None:
 def test_center_gaussian_is_the_centre_prior() -> None:
     heat = ibx.attribute(Host(), images(), method="center_gaussian")
     torch.testing.assert_close(heat[:1] / heat[:1].sum(), centred_gaussian((16, 24)))
-    with pytest.raises(ValueError, match="sigma must be > 0"):
+    with pytest.raises(ValueError, match=r"sigma \(a share of each side\) must be a finite number > 0, got"):
         ibx.attribute(Host(), images(), method="center_gaussian", sigma=0)
 
 

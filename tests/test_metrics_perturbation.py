@@ -184,8 +184,10 @@ def test_area_between_is_zero_without_order_and_turns_with_the_map(net, batch):
     target = net(x).argmax(1)
     area = degradation_area(net, x, maps, target)
     torch.testing.assert_close(degradation_area(net, x, -maps, target), -area)
-    constant = degradation_area(net, x, torch.ones_like(maps), target)
-    assert (constant[~constant.isnan()] == 0).all()
+    for value in (1.0, 0.1, 0.3, 1e-30, 1e37):  # whose means over tiles that are cut must not differ by rounding
+        constant = degradation_area(net, x, torch.full_like(maps, value), target, tile=5)
+        assert (constant[~constant.isnan()] == 0).all()
+    assert (degradation(net, x, torch.full_like(maps, 0.1), target, tile=5).tied == 1).all()
 
 
 def test_area_is_undefined_where_the_degraded_image_scores_higher():

@@ -133,7 +133,9 @@ def test_bad_holes_are_named():
         noisy_linear_imputation(x, torch.zeros(2, 8, 8))
     with pytest.raises(ValueError, match="at least one pixel of each image must be left, got 1 images with none"):
         noisy_linear_imputation(x, torch.tensor([True, False])[:, None, None].expand(2, 8, 8))
-    with pytest.raises(ValueError, match="noise must be >= 0"):
+    with pytest.raises(
+        ValueError, match=r"noise \(a standard deviation in the units of x\) must be a finite number >= 0"
+    ):
         noisy_linear_imputation(x, torch.zeros(2, 8, 8, dtype=torch.bool), noise=-1)
     with pytest.raises(ValueError, match="tolerance must be > 0, got 0"):
         noisy_linear_imputation(x, torch.zeros(2, 8, 8, dtype=torch.bool), tolerance=0)

@@ -4,6 +4,7 @@ from torch import nn
 
 from ib_explain.metrics import METRICS, Case, infidelity, max_sensitivity
 from ib_explain.metrics.robustness import _squares
+from tests.models import images, tiny
 
 
 class Linear(nn.Module):
@@ -154,6 +155,39 @@ def test_seeds_rule_and_global_random_state_is_left_alone(linear):
         assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scaled_infidelity_does_not_depend_on_the_maps_unit(linear, scale):
+    model, x = linear
+    maps = torch.rand(4, 12, 12)
+    torch.testing.assert_close(infidelity(model, x, scale * maps), infidelity(model, x, maps), rtol=1e-3, atol=1e-5)
+
+
+def test_infidelity_of_a_half_precision_host(linear):
+    model, x = linear
+    maps = 1e-6 * torch.rand(4, 12, 12)
+    whole = infidelity(model, x, maps)
+    half = Linear(model.weights.half())
+    torch.testing.assert_close(infidelity(half, x.half(), maps), whole, rtol=0.05, atol=0)
+
+
+def test_max_sensitivity_lends_the_host_in_eval_mode_and_keeps_the_random_state():
+    host, x = tiny(), images(2)
+
+    def noisy(model, x, target):
+        assert not model.training
+        torch.rand(1)
+        return gradient(model, x, target)
+
+    quiet = max_sensitivity(host, x, gradient, samples=2)
+    host.train()
+    before, random = {name: value.clone() for name, value in host.state_dict().items()}, torch.get_rng_state()
+    assert torch.equal(max_sensitivity(host, x, noisy, samples=2), quiet)
+    assert host.training and torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in host.state_dict().items())
+    with pytest.raises(TypeError, match="explain must be a function"):
+        max_sensitivity(host, x, "saliency")
+
+
 def test_the_host_comes_back_as_it_was(linear):
     model, x = linear
     model.train()
@@ -168,7 +202,7 @@ def test_bad_settings_are_named(linear):
         infidelity(model, x, maps, samples=0)
     with pytest.raises(ValueError, match="maps must be finite"):
         infidelity(model, x, maps / 0)
-    with pytest.raises(ValueError, match="radius must be > 0, in normalised units, got 0"):
+    with pytest.raises(ValueError, match=r"radius \(in normalised units\) must be a finite number > 0, got 0"):
         max_sensitivity(model, x, gradient, radius=0)
     with pytest.raises(ValueError, match="each of the 4 images, got 1"):
         max_sensitivity(model, x, lambda model, x, target: maps[:1])

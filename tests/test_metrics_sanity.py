@@ -260,6 +260,20 @@ def test_layers_that_are_not_there():
         cascading_randomisation(tiny(), images(1), gradient, layers=["stage.1"])
     with pytest.raises(ValueError, match="at least one layer with parameters, got none"):
         cascading_randomisation(tiny(), images(1), gradient, layers=[])
+    with pytest.raises(ValueError, match="layer 'act' has no parameters to randomise"):
+        cascading_randomisation(tiny(), images(1), gradient, layers=["fc", "act"])
+    with pytest.raises(TypeError, match=r"layers must be a list of names, got the string 'fc'; write \['fc'\]"):
+        cascading_randomisation(tiny(), images(1), gradient, layers="fc")
+    with pytest.raises(TypeError, match=r"explain must be a function \(model, x, target\) -> maps, got 'saliency'"):
+        cascading_randomisation(tiny(), images(1), "saliency")
+
+
+def test_a_module_of_two_names_goes_by_either():
+    host = tiny()
+    host.again = host.fc
+    one, other = (cascading_randomisation(host, images(1), gradient, layers=[name]) for name in ("fc", "again"))
+    assert torch.equal(one.rank_correlation, other.rank_correlation)
+    assert float(one.rank_correlation) < 0.99
 
 
 def test_label_randomisation():

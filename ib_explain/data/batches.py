@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ib_explain.data.images import images_of
 from ib_explain.data.loaders import has_plan, with_plan
+from ib_explain.randomness import seeded
 
-__all__ = ["Batches", "Share", "seeded"]
+__all__ = ["Batches", "Share"]
 
 
 class Share:
@@ -126,18 +123,3 @@ class _Dealt:
             if len(dealt) == self.share.world:
                 yield dealt[self.share.rank]
                 dealt = []
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's random numbers, and put their states back at the end."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - loaders use the old API
-    try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        torch.manual_seed(seed % 2**63)
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])

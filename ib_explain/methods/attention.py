@@ -98,14 +98,16 @@ def read_attention(call: Call, *, gradients: bool) -> AttentionPass:
             logits = run_host(call.model, call.x)
             classes = resolve_target(call.target, logits)
             asked = [kept[name] for name in (names if gradients else names[-1:])]
-            found: tuple[Tensor | None, ...] = (None,) * len(asked)
+            reached = [matrix for matrix in asked if matrix.requires_grad]  # not those of a branch of its own
+            found: dict[int, Tensor | None] = {}
             if logits.requires_grad:
                 with torch.enable_grad():
                     score = target_scores(logits.float(), classes).sum()
-                found = torch.autograd.grad(score, asked, allow_unused=True)
+                gradients_of = torch.autograd.grad(score, reached, allow_unused=True)
+                found = {id(matrix): gradient for matrix, gradient in zip(reached, gradients_of, strict=True)}
     matrices = [kept[name].detach().float() for name in names]
     prefix, grid = _tokens(call, names, matrices)
-    slopes = [torch.zeros_like(a) if g is None else g.detach().float() for a, g in zip(asked, found, strict=True)]
+    slopes = [torch.zeros_like(a) if (g := found.get(id(a))) is None else g.detach().float() for a in asked]
     # Behind the last attention tokens do not mix: a token that the classifier does not read has no gradient at all.
     readers = (slopes[-1].abs().amax(dim=(1, 3)) > 0).float()  # (B, T)
     readers = readers / readers.sum(dim=1, keepdim=True).clamp_min(1)

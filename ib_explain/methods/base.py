@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -91,5 +91,30 @@ M = TypeVar("M", bound=Callable[..., Any])
 
 
 def register_method(name: str) -> Callable[[M], M]:
-    """Decorator: file a method's dataclass under a name, for `attribute`, `benchmark` and the command line."""
-    return METHODS.register(name)  # type: ignore[return-value]
+    """Decorator: file a method under a name, for `attribute`, `benchmark` and the command line.
+
+    It is a frozen dataclass as `Method` describes, or a function f(model, x, target) -> maps, which has no options and
+    whose docstring's first line is shown.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def file(method: M) -> M:
+        METHODS.register(name)(method if isinstance(method, type) else _of_function(name, method))
+        return method
+
+    return file
+
+
+def _of_function(name: str, function: Callable[[nn.Module, Tensor, Tensor], Any]) -> Callable[..., Any]:
+    @dataclass(frozen=True)
+    class Function:
+        unit: ClassVar[str] = f"own unit of {name}"
+
+        def __call__(self, call: Call) -> Any:
+            call.refuse_layer(name)
+            return function(call.model, call.x, call.classes())
+
+    Function.__doc__ = function.__doc__
+    return Function

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ib_explain.checks import check_images, check_positive_int
+from ib_explain.checks import check_images, check_number, check_positive_int
 from ib_explain.hooks import run_host
 from ib_explain.maps import resize
 from ib_explain.methods.base import Call, register_method
@@ -22,6 +22,7 @@ from ib_explain.methods.cam import glance
 from ib_explain.methods.captum_host import for_captum, inspect
 from ib_explain.methods.captum_rules import PROPAGATED, check_deep_lift, check_guided, check_lrp
 from ib_explain.methods.grad_cam import grad_cam_map
+from ib_explain.randomness import generator_of
 
 __all__ = ["DeepLift", "FeatureAblation", "GradientShap", "GuidedGradCAM", "InputXGradient", "IntegratedGradients"]
 __all__ += ["LRP", "Occlusion", "Saliency", "SmoothGrad"]
@@ -32,7 +33,7 @@ __all__ += ["LRP", "Occlusion", "Saliency", "SmoothGrad"]
 class Saliency:
     """Saliency: largest absolute gradient over the colour channels (Simonyan et al. 2014, arXiv 1312.6034).
 
-    Non-negative. One forward and one backward pass.
+    Non-negative. One forward and one backward pass, and a forward pass before them where no class is given.
     """
 
     unit: ClassVar[str] = "gradient"
@@ -47,7 +48,8 @@ class Saliency:
 class InputXGradient:
     """Input x gradient: first-order share of the logit, summed over colours (Shrikumar et al. 2016, arXiv 1605.01713).
 
-    Signed; positive values speak for the target. One forward and one backward pass.
+    Signed; positive values speak for the target. One forward and one backward pass, and a forward pass before them
+    where no class is given.
     """
 
     unit: ClassVar[str] = "logit"
@@ -75,11 +77,13 @@ class IntegratedGradients:
     unit: ClassVar[str] = "logit"
     steps: int = 50
 
+    def __post_init__(self) -> None:
+        check_positive_int(self.steps, "steps")
+
     def __call__(self, call: Call) -> Tensor:
         from captum.attr import IntegratedGradients as Peer
 
         call.refuse_layer("integrated_gradients")
-        check_positive_int(self.steps, "steps")
         classes = call.classes()
         rows = call.copies_per_pass * len(call.x)
         with for_captum(call.model) as host:
@@ -104,9 +108,12 @@ class SmoothGrad:
     samples: int = 50
     noise: float = 0.15
 
+    def __post_init__(self) -> None:
+        check_positive_int(self.samples, "samples")
+        check_number(self.noise, "noise", at_least=0)
+
     def __call__(self, call: Call) -> Tensor:
         call.refuse_layer("smooth_grad")
-        check_positive_int(self.samples, "samples")
         reach = call.x.amax(dim=(1, 2, 3), keepdim=True) - call.x.amin(dim=(1, 2, 3), keepdim=True)
         total, classes = torch.zeros_like(call.x, dtype=torch.float32), call.classes()
         for draws in _noise(call, self.samples):
@@ -135,13 +142,16 @@ class GradientShap:
     noise: float = 0.09
     baselines: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        check_positive_int(self.samples, "samples")
+        check_number(self.noise, "noise", at_least=0)
+
     def __call__(self, call: Call) -> Tensor:
         call.refuse_layer("gradient_shap")
-        check_positive_int(self.samples, "samples")
         baselines = torch.zeros_like(call.x[:1])
         if self.baselines is not None:
             baselines = check_images(self.baselines, size=call.input_size, name="baselines").to(call.x)
-        generator = torch.Generator().manual_seed(call.seed)
+        generator = generator_of(call.seed)
         where = torch.rand(self.samples, generator=generator).to(call.x)
         which = torch.randint(len(baselines), (self.samples,), generator=generator).to(call.x.device)
         total, classes, start = torch.zeros_like(call.x, dtype=torch.float32), call.classes(), 0
@@ -245,12 +255,17 @@ class Occlusion:
     window: int | None = None
     stride: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("window", "stride"):
+            if getattr(self, name) is not None:
+                check_positive_int(getattr(self, name), name)
+
     def __call__(self, call: Call) -> Tensor:
         from captum.attr import Occlusion as Peer
 
         call.refuse_layer("occlusion")
-        window = _tile(call, self.window, "window")
-        stride = max(1, window // 2) if self.stride is None else check_positive_int(self.stride, "stride")
+        window = _tile(call, self.window)
+        stride = self.stride or max(1, window // 2)
         if stride > window:
             raise ValueError(f"stride must be at most the window of {window} pixels, or pixels are left out: {stride}")
         classes, channels = call.classes(), int(call.x.shape[1])
@@ -279,11 +294,15 @@ class FeatureAblation:
     unit: ClassVar[str] = "logit"
     tile: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.tile is not None:
+            check_positive_int(self.tile, "tile")
+
     def __call__(self, call: Call) -> Tensor:
         from captum.attr import FeatureAblation as Peer
 
         call.refuse_layer("feature_ablation")
-        tile = _tile(call, self.tile, "tile")
+        tile = _tile(call, self.tile)
         rows, columns = (torch.arange(n, device=call.x.device) // tile for n in call.size)
         mask = rows[:, None] * (int(columns[-1]) + 1) + columns  # (H, W), tiles numbered from 0
         classes = call.classes()
@@ -307,8 +326,8 @@ def _gradient(call: Call, x: Tensor, classes: Tensor) -> Tensor:
 
 
 def _forward(host: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The host on a copy: one that normalises its input in place would write into a leaf."""
-    return lambda x: run_host(host, x.clone())
+    """The host, its logits checked."""
+    return lambda x: run_host(host, x)
 
 
 def _noise(call: Call, samples: int) -> Iterator[Tensor]:
@@ -316,7 +335,7 @@ def _noise(call: Call, samples: int) -> Iterator[Tensor]:
     for start in range(0, samples, call.copies_per_pass):
         draws = []
         for index in range(start, min(samples, start + call.copies_per_pass)):
-            generator = torch.Generator(call.x.device).manual_seed(call.seed * 1_000_003 + index)
+            generator = generator_of(call.seed * 1_000_003 + index, call.x.device)
             draws.append(torch.randn(call.input_size, generator=generator, device=call.x.device, dtype=call.x.dtype))
         yield torch.stack(draws)
 
@@ -325,5 +344,5 @@ def _sum(attributions: Any) -> Tensor:
     return attributions.detach().float().sum(dim=1, keepdim=True)
 
 
-def _tile(call: Call, side: int | None, name: str) -> int:
-    return max(1, min(call.size) // 14) if side is None else min(check_positive_int(side, name), min(call.size))
+def _tile(call: Call, side: int | None) -> int:
+    return min(side or max(1, min(call.size) // 14), min(call.size))

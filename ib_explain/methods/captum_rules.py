@@ -86,7 +86,7 @@ def check_lrp(host: nn.Module, structure: Structure) -> None:
     outside = structure.nodes.total() - runs
     if outside:
         raise NotApplicable(
-            f"Captum's LRP needs modules, {outside} operations of this {name} are not: {_most(structure)}"
+            f"Captum's LRP needs modules, {outside} of this {name}'s operations are none; it runs {_most(structure)}"
         )
 
 

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ib_explain.checks import check_number
 from ib_explain.maps import resize
 from ib_explain.methods.base import Call, register_method
 from ib_explain.methods.cam import grid_features
 from ib_explain.methods.reference import reference_statistics
+from ib_explain.randomness import generator_of
 from ib_explain.sites import resolve_site
 
 __all__ = ["ActivationEnergy", "CenterGaussian", "Constant", "Edges", "Random", "sobel_magnitude"]
@@ -29,7 +31,7 @@ class Random:
         call.refuse_layer("random")
         maps = []
         for own in _fingerprints(call.x).tolist():  # the same image has the same map in any batch
-            generator = torch.Generator().manual_seed((own + call.seed * 0x9E3779B1) % 2**63)
+            generator = generator_of(own + call.seed * 0x9E3779B1)
             maps.append(torch.rand(1, *call.size, generator=generator))
         return torch.stack(maps).to(call.x.device)
 
@@ -59,8 +61,7 @@ class CenterGaussian:
     sigma: float = 0.2
 
     def __post_init__(self) -> None:
-        if not self.sigma > 0:
-            raise ValueError(f"sigma must be > 0 (a share of each side), got {self.sigma!r}")
+        check_number(self.sigma, "sigma (a share of each side)", above=0)
 
     def __call__(self, call: Call) -> Tensor:
         call.refuse_layer("center_gaussian")

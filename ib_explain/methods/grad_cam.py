@@ -30,6 +30,10 @@ class GradCAM:
     resolves_target: ClassVar[bool] = True
     relu: bool = True
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.relu, bool):
+            raise TypeError(f"relu must be True or False, got {self.relu!r}")
+
     def __call__(self, call: Call) -> Tensor:
         seen = glance(call)
         heat = grad_cam_map(seen.features, seen.gradient)

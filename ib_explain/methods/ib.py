@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ib_explain.checks import check_positive_int
+from ib_explain.checks import check_number, check_positive_int
 from ib_explain.ib import IBAttention
 from ib_explain.methods.base import Call, register_method
 from ib_explain.per_image import PerImageSettings
@@ -41,6 +41,9 @@ class PerImageIB:
     def __post_init__(self) -> None:
         check_positive_int(self.steps, "steps")
         check_positive_int(self.copies, "copies")
+        check_number(self.lr, "lr", above=0)
+        if self.beta is not None:
+            check_number(self.beta, "beta", above=0)
 
     def __call__(self, call: Call) -> Tensor:
         ib = IBAttention(call.model, call.layer, gate=self.gate, seed=call.seed)

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ib_explain.checks import check_positive_int
+from ib_explain.checks import check_number, check_positive_int
 from ib_explain.hooks import capture, frozen, host_device, run_host, unwrap
 from ib_explain.layouts import Layout, leaves
 from ib_explain.maps import resize
 from ib_explain.methods.base import Call, NotApplicable, register_method
 from ib_explain.methods.reference import Reference, reference_statistics
 from ib_explain.observation import Observation, observe
+from ib_explain.randomness import generator_of
 from ib_explain.sites import candidate_layers, input_size_of, resolve_site
 from ib_explain.stripes import find_layouts, probe_images
 from ib_explain.targets import resolve_target
@@ -64,6 +65,8 @@ class IBA:
     def __post_init__(self) -> None:
         check_positive_int(self.steps, "steps")
         check_positive_int(self.copies, "copies")
+        check_number(self.lr, "lr", above=0)
+        check_number(self.beta, "beta", at_least=0)
 
     def __call__(self, call: Call) -> Tensor:
         layer = iba_layer(call.model, call.input_size) if call.layer is None else call.layer
@@ -91,7 +94,7 @@ class IBA:
         normalised = (features - known.mean) / std
         alpha = torch.full_like(features, 5.0).requires_grad_()
         optimiser = torch.optim.Adam([alpha], lr=self.lr)
-        generator = torch.Generator(features.device).manual_seed(seed)
+        generator = generator_of(seed, features.device)
         at_once = len(seen.features) // count
         with torch.enable_grad():
             for _ in range(self.steps - 1):

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ib_explain.checks import check_positive_int
+from ib_explain.checks import check_number, check_positive_int
 from ib_explain.methods.base import Call, register_method
 from ib_explain.methods.masking import masked_scores
+from ib_explain.randomness import generator_of
 
 __all__ = ["RISE", "rise_masks"]
 
@@ -38,13 +39,13 @@ class RISE:
     def __post_init__(self) -> None:
         check_positive_int(self.masks, "masks")
         check_positive_int(self.cells, "cells")
-        if not 0 < self.keep < 1:
+        if not 0 < check_number(self.keep, "keep") < 1:
             raise ValueError(f"keep must lie between 0 and 1, got {self.keep!r}")
 
     def __call__(self, call: Call) -> Tensor:
         call.refuse_layer("rise")
         # Drawn on the CPU, all at once: the masks are the same on every device and in passes of any size.
-        generator = torch.Generator().manual_seed(call.seed)
+        generator = generator_of(call.seed)
         cells = torch.rand(self.masks, self.cells, self.cells, generator=generator) < self.keep
         shifts = torch.rand(self.masks, 2, generator=generator)
         heat = call.x.new_zeros((len(call.x), *call.size), dtype=torch.float32)

@@ -128,7 +128,10 @@ def register_metric(
 
     Raises:
         ValueError: a second owner of the name, an unknown family, or a need that `Case` does not have.
+        TypeError: needs that are one string.
     """
+    if isinstance(needs, str):
+        raise TypeError(f"metric {name!r} takes needs as a tuple of names, got the string {needs!r}")
     if family not in FAMILIES:
         raise ValueError(f"metric {name!r} has the unknown family {family!r}{did_you_mean(family, FAMILIES)}")
     unknown = [need for need in needs if need not in NEEDS]

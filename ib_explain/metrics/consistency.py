@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_positive_int, did_you_mean
-from ib_explain.hooks import frozen, run_host
+from ib_explain.hooks import frozen, outside_inference_mode, run_host
 from ib_explain.metrics.base import Case, register_metric
 from ib_explain.metrics.probe import Probe
 from ib_explain.metrics.sanity import Explain, explained
 from ib_explain.metrics.values import is_constant
+from ib_explain.randomness import generator_of
 from ib_explain.targets import Target, resolve_target
 
 __all__ = ["MODIFICATIONS", "THRESHOLDS", "Consistency", "input_modification_consistency", "modified_images"]
@@ -127,6 +128,7 @@ def modified_images(
     return _filtered(x, share * min(height, width), low=modification == "low_frequency"), untouched
 
 
+@outside_inference_mode()  # methods take gradients of the modified images
 def _consistency(
     probe: Probe,
     maps: Tensor | None,
@@ -170,7 +172,7 @@ def _centred_cosine(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _patched(x: Tensor, side: int, seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed % 2**63)
+    generator = generator_of(seed)
     height, width = x.shape[2:]
     top = int(torch.randint(height - side + 1, (), generator=generator))
     left = int(torch.randint(width - side + 1, (), generator=generator))

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ib_explain.checks import check_positive_int
+from ib_explain.hooks import outside_inference_mode
 from ib_explain.metrics.base import Case, Curve, register_metric
 from ib_explain.metrics.perturbation import deletion_curve, insertion_curve, ranked_curve, rounding_error
 from ib_explain.metrics.probe import Probe
 from ib_explain.metrics.values import is_constant
 from ib_explain.perturb import tied_share
+from ib_explain.randomness import generator_of
 from ib_explain.targets import Target
 
 __all__ = ["SENSITIVITY_FRACTIONS", "dc", "ic", "sensitivity_n"]
@@ -116,6 +118,7 @@ def _calibration(curve: Curve, maps: Tensor) -> Tensor:
     return _pearson(curve.scores.diff(dim=1), total.diff(dim=1) / counts.diff(), rounding_error(curve.scores))
 
 
+@outside_inference_mode()  # the host is asked outside of it, and fills the sums
 def _sensitivity(
     probe: Probe,
     maps: Tensor,
@@ -134,11 +137,10 @@ def _sensitivity(
     sizes = [max(1, round(fraction * pixels)) for fraction in fractions]
     filled, _ = probe.filled(fill, score, seed=seed)
     sums = above.new_empty(len(above), len(sizes) * sets)
-    generator = torch.Generator()
 
     def draw(setting: int) -> Tensor:
         # Seeded by its number, so that a set does not depend on how settings fall into forward passes.
-        order = torch.randperm(pixels, generator=generator.manual_seed((seed * 1_000_003 + setting) % 2**63))
+        order = torch.randperm(pixels, generator=generator_of(seed * 1_000_003 + setting))
         return torch.zeros(pixels, dtype=torch.bool).index_fill_(0, order[: sizes[setting // sets]], True)
 
     def perturb(image: Tensor, setting: Tensor) -> Tensor:

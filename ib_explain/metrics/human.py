@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ib_explain.checks import did_you_mean
 from ib_explain.metrics.ground_truth import centred_gaussian, fixation_pixels
 from ib_explain.metrics.plain import register_function
 from ib_explain.metrics.values import flat_heat, flat_values, is_constant, undefined_where
@@ -226,7 +227,8 @@ def information_gain(
     heat = flat_heat(maps)
     if isinstance(baseline, str):
         if baseline not in ("centre", "uniform"):
-            raise ValueError(f"baseline must be a density, 'centre' or 'uniform', got {baseline!r}")
+            hint = did_you_mean(baseline, ("centre", "uniform"))
+            raise ValueError(f"baseline must be a density, 'centre' or 'uniform', got {baseline!r}{hint}")
         prior = centred_gaussian(_size(maps), device=heat.device)
         baseline = prior if baseline == "centre" else torch.ones_like(prior)
     reference = _flat_density(baseline, maps, name="baseline", may_share=True)

@@ -193,7 +193,8 @@ def _degradation(
     maps = probe.check_maps(maps)
     descending = most_relevant_first(order)
     tile = check_positive_int(tile, "tile")
-    means = F.avg_pool2d(maps[:, None], tile, ceil_mode=True, count_include_pad=False)[:, 0]  # [B, h, w]
+    # In float64, where sums of equal values round to nothing: float32 would order the tiles of a constant map.
+    means = F.avg_pool2d(maps[:, None].double(), tile, ceil_mode=True, count_include_pad=False)[:, 0].float()
     tiles = means[0].numel()
     counts = step_counts(tiles, steps=min(100, tiles) if steps is None else steps)
     ranks = pixel_ranks(means, descending=descending).view_as(means)

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ib_explain.checks import check_images
+from ib_explain.checks import check_images, check_number
 from ib_explain.metrics.base import Case, Curve, register_metric
 from ib_explain.metrics.perturbation import most_relevant_first
 from ib_explain.metrics.probe import Probe
 from ib_explain.perturb import pixel_ranks, tied_share
+from ib_explain.randomness import generator_of
 from ib_explain.targets import Target
 
 __all__ = ["ROAD_FRACTIONS", "noisy_linear_imputation", "road", "road_combined"]
@@ -52,7 +53,8 @@ def road(
         noise: standard deviation of what is added to imputed pixels, in normalised units.
         score: "probability" or "logit" of the target. The paper reports accuracy over a data set instead.
         seed: of the noise, which is one field for all images and shares.
-        batch_size: imputed images in one forward pass, see `Probe`.
+        batch_size: imputed images in one forward pass, see `Probe`; images that are imputed together stop together, so
+            that scores move within the solver's tolerance, far below the noise.
 
     Returns:
         Curve; fractions start with 0 (the intact image), auc is the mean score over the given shares, without the
@@ -96,8 +98,9 @@ def noisy_linear_imputation(
         removed: (B, H, W) bool, at least one pixel of each image must be left.
         noise: standard deviation, in the units of x; 0 for none.
         seed: of the noise, which is the same for all images.
-        tolerance: the solver stops when one more iteration moved no pixel by more than this, in the units of x. What
-            is left is about half of it at the worst pixel; the default keeps that below the usual noise.
+        tolerance: the solver stops when one more iteration moved no pixel of the images that it holds (four at a time
+            on a CPU) by more than this, in the units of x. For the holes that maps make what is left is about half of
+            it at the worst pixel, below the usual noise; for regular ones in images of a few rows it can be far more.
 
     Returns:
         (B, C, H, W), equal to x where nothing was removed.
@@ -114,8 +117,7 @@ class _Imputer:
     """`noisy_linear_imputation` with its settings, called again and again in the same memory."""
 
     def __init__(self, noise: float, seed: int, tolerance: float = 1e-2) -> None:
-        if not noise >= 0:
-            raise ValueError(f"noise must be >= 0, a standard deviation in the units of x, got {noise}")
+        check_number(noise, "noise (a standard deviation in the units of x)", at_least=0)
         self.noise, self.seed, self.tolerance = noise, seed, tolerance
         self.solver: _Solver | None = None
 
@@ -126,7 +128,7 @@ class _Imputer:
         empty = int(removed.flatten(1).all(1).sum())
         if empty:
             raise ValueError(f"at least one pixel of each image must be left, got {empty} images with none")
-        field = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(self.seed)).to(x)
+        field = torch.randn(x.shape[1:], generator=generator_of(self.seed)).to(x)
         filled = torch.empty_like(x)
         # On a CPU, a few images at a time stay in its cache.
         size = _IMAGES_AT_ONCE if x.device.type == "cpu" else len(x)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ib_explain.checks import check_maps, check_positive_int
+from ib_explain.checks import check_maps, check_number, check_positive_int
 from ib_explain.hooks import frozen, run_host
 from ib_explain.metrics.base import Case, register_metric
 from ib_explain.metrics.probe import Probe
+from ib_explain.randomness import generator_of
 from ib_explain.targets import Target
 
 __all__ = ["infidelity", "max_sensitivity"]
@@ -91,15 +92,19 @@ def _infidelity(probe: Probe, maps: Tensor | None, samples: int, normalize: bool
     channels, height, width = probe.x.shape[1:]
     squares = _squares(samples, height, width, seed).to(probe.x.device)
     scores = []
+    if normalize:  # what is scaled anyway is brought to where float32 neither overflows nor underflows
+        largest = maps.abs().amax(dim=(1, 2), keepdim=True)
+        maps = maps / torch.where(largest > 0, largest, 1)
+    dtype = torch.promote_types(probe.x.dtype, torch.float32)  # of Captum's sums; the host gets its own
     with frozen(probe.model) as host:
-        for images, attributions, target in _groups(probe, probe.x, maps, probe.target):
+        for images, attributions, target in _groups(probe, probe.x.to(dtype), maps.to(dtype), probe.target):
             scores.append(
                 captum_infidelity(
-                    lambda copies: run_host(host, copies).float(),
+                    lambda copies: run_host(host, copies.to(probe.x)).float(),
                     _Draws(squares, len(images)).hide,
                     images,
                     # The map counts once a pixel, whatever the number of channels.
-                    (attributions[:, None] / channels).expand_as(images).to(images),
+                    (attributions[:, None] / channels).expand_as(images),
                     target=target,
                     n_perturb_samples=samples,
                     max_examples_per_batch=_copies_at_once(probe, len(images), samples),
@@ -119,34 +124,36 @@ def _max_sensitivity(
 ) -> Tensor:
     from captum.metrics import sensitivity_max
 
+    if not callable(explain):
+        raise TypeError(f"explain must be a function (model, x, target) -> maps, got {explain!r}")
     samples = check_positive_int(samples, "samples")
-    if not radius > 0:
-        raise ValueError(f"radius must be > 0, in normalised units, got {radius}")
-    noise = torch.rand(samples, *probe.x.shape[1:], generator=torch.Generator().manual_seed(seed))
+    check_number(radius, "radius (in normalised units)", above=0)
+    noise = torch.rand(samples, *probe.x.shape[1:], generator=generator_of(seed))
     noise = radius * (2 * noise - 1)
     scores = []
-    for images, target in _groups(probe, probe.x, probe.target):
-        intact: list[Tensor] = []
+    with frozen(probe.model) as host:
+        for images, target in _groups(probe, probe.x, probe.target):
+            intact: list[Tensor] = []
 
-        def explained(
-            copies: Tensor | tuple[Tensor], target: Tensor, intact: list[Tensor] = intact
-        ) -> tuple[Tensor, ...]:
-            inputs = copies[0] if isinstance(copies, tuple) else copies  # Captum calls with a tuple first
-            found = explain(probe.model, inputs, target.expand(len(inputs)))
-            found = check_maps(found, batch=len(inputs)).contiguous()
-            intact.append(found)
-            return (found,)
+            def explained(
+                copies: Tensor | tuple[Tensor], target: Tensor, intact: list[Tensor] = intact
+            ) -> tuple[Tensor, ...]:
+                inputs = copies[0] if isinstance(copies, tuple) else copies  # Captum calls with a tuple first
+                found = explain(host, inputs, target.expand(len(inputs)))
+                found = check_maps(found, batch=len(inputs)).contiguous()
+                intact.append(found)
+                return (found,)
 
-        score = sensitivity_max(
-            explained,
-            images,
-            _Draws(noise, len(images)).shake,
-            n_perturb_samples=samples,
-            max_examples_per_batch=_copies_at_once(probe, len(images), samples),
-            target=target,
-        )
-        empty = intact[0].flatten(1).norm(dim=1) == 0  # which Captum divides by 1 instead
-        scores.append(score.float().masked_fill(empty, torch.nan))
+            score = sensitivity_max(
+                explained,
+                images,
+                _Draws(noise, len(images)).shake,
+                n_perturb_samples=samples,
+                max_examples_per_batch=_copies_at_once(probe, len(images), samples),
+                target=target,
+            )
+            empty = intact[0].flatten(1).norm(dim=1) == 0  # which Captum divides by 1 instead
+            scores.append(score.float().masked_fill(empty, torch.nan))
     return torch.cat(scores)
 
 
@@ -174,7 +181,7 @@ class _Draws:
 
 def _squares(samples: int, height: int, width: int, seed: int) -> Tensor:
     """Random squares as masks (samples, 1, H, W) of 0 and 1."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     side, top, left = torch.rand(3, samples, 1, generator=generator)
     largest = max(1, round(10 / 28 * min(height, width)))
     side = 1 + (side * largest).long().clamp_max(largest - 1)

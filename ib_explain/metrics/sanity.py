@@ -26,6 +26,7 @@ from ib_explain.metrics.base import Case, register_metric
 from ib_explain.metrics.localisation import energy_inside
 from ib_explain.metrics.probe import Probe
 from ib_explain.metrics.similarity import rank_correlation, ssim
+from ib_explain.randomness import generator_of
 from ib_explain.targets import Target, resolve_target
 
 __all__ = ["Explain", "Randomisation", "TargetSensitivity", "cascading_randomisation", "explained"]
@@ -91,15 +92,19 @@ def cascading_randomisation(
         batch_size: images in one call of `explain`, see `Probe`.
 
     Raises:
-        ValueError: no layers, or one that the host does not have.
+        TypeError: a single name in place of a list.
+        ValueError: no layers, or one that the host does not have, or without parameters.
     """
+    if isinstance(layers, str):
+        raise TypeError(f"layers must be a list of names, got the string {layers!r}; write [{layers!r}]")
     probe = Probe(model, x, target, batch_size=batch_size)
     names = randomisable_layers(model, probe.x) if layers is None else list(layers)
     if not names:
         raise ValueError("layers must name at least one layer with parameters, got none")
     twin = _twin(model)
-    for name in filter(None, names):
-        find_module(twin, name)
+    for name in names:
+        if next((find_module(twin, name) if name else twin).parameters(recurse=bool(name)), None) is None:
+            raise ValueError(f"layer {name!r} has no parameters to randomise")
     intact = explained(explain, model, probe.x, probe.target, probe.batch_size)
     ranks, structures = [], []
     for name in names:
@@ -238,6 +243,8 @@ def explained(
     explain: Explain, model: nn.Module, x: Tensor, target: Tensor, batch_size: int, *, finite: bool = True
 ) -> Tensor:
     """Maps (B, H, W) float32 of the lent host, `batch_size` images in one call; checked, finite unless told."""
+    if not callable(explain):
+        raise TypeError(f"explain must be a function (model, x, target) -> maps, got {explain!r}")
     maps = []
     with frozen(model) as host:
         for images, classes in zip(x.split(batch_size), target.split(batch_size), strict=True):
@@ -303,10 +310,13 @@ def _opened(prefix: str, module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 def _randomise(twin: nn.Module, layers: Sequence[str], seed: int) -> None:
     """Draw the parameters of these layers and of all inside anew, in place; "" is the host's own ones alone."""
-    for place, (name, module) in enumerate(twin.named_modules()):
-        chosen = any(name == layer or (layer and name.startswith(f"{layer}.")) for layer in layers)
-        if chosen and next(module.parameters(recurse=False), None) is not None:
-            _draw_again(module, (seed * 1_000_003 + place) % 2**63)
+    # By identity: a module that the host holds under several names goes by any of them.
+    chosen = {id(module) for layer in layers if layer for module in find_module(twin, layer).modules()}
+    if "" in layers:
+        chosen.add(id(twin))
+    for place, module in enumerate(twin.modules()):
+        if id(module) in chosen and next(module.parameters(recurse=False), None) is not None:
+            _draw_again(module, seed * 1_000_003 + place)
 
 
 def _draw_again(module: nn.Module, seed: int) -> None:
@@ -314,11 +324,11 @@ def _draw_again(module: nn.Module, seed: int) -> None:
     if callable(reset) and next(module.children(), None) is None:
         fresh = copy.deepcopy(module).cpu()  # on the CPU the draws are the same for every device
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too
+            torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed would seed every GPU too
             fresh.reset_parameters()  # type: ignore[operator]
         module.load_state_dict(fresh.state_dict())
         return
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     with torch.no_grad():
         for parameter in module.parameters(recurse=False):
             order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)

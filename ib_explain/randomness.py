@@ -1,0 +1,40 @@
+"""Seeds: one check, one generator, one context, so that any integer is a seed and means the same everywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["check_seed", "generator_of", "seeded"]
+
+
+def check_seed(seed: Any) -> int:
+    """Return `seed` as an int, or raise a TypeError that says what came instead (bool is refused)."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+    return int(seed.__index__())
+
+
+def generator_of(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Random numbers of their own on a device; seeds that differ by a multiple of 2^63 are one."""
+    return torch.Generator(device).manual_seed(seed % 2**63)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's random numbers, and put their states back at the end."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - loaders use the old API
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.manual_seed(seed % 2**63)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
