@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import ib_explain as ibx
 from ib_explain.data.batches import Batches
-from ib_explain.fitting import DEFAULT_IMAGES, make_accelerator
+from ib_explain.fitting import DEFAULT_IMAGES, launched
 from ib_explain.hooks import frozen
 from ib_explain.io import versions
 from ib_explain.observation import observe
@@ -152,9 +152,9 @@ def fit_one(name: str, reads: str, options: argparse.Namespace) -> dict[str, obj
     ib = ibx.IBAttention(host, reads=reads).fit([x[:4]] * 2, steps=2, show_progress=False)
     settings = FitSettings(1000, 1.0, 1e-3, "prediction", "fp32", 0)
     found = {}
-    with frozen(host):
+    with frozen(host), launched(x.device) as accelerator:
         place, bottleneck = ib._place, ib.bottleneck.requires_grad_(True)
-        trainer = Trainer(bottleneck, host, place, Batches([x], 0).share, settings, make_accelerator(x.device))
+        trainer = Trainer(bottleneck, host, place, Batches([x], 0).share, settings, accelerator)
         trainer.step(x, None)  # the first and every eighth batch also score the closed bottleneck; not timed here
         for label, clean, restricted in (
             ("up to the site without autograd, forward and backward behind it", False, 1),

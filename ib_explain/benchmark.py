@@ -15,7 +15,7 @@ from torch import nn
 
 from ib_explain.checks import check_positive_int, did_you_mean
 from ib_explain.contenders import contenders_of
-from ib_explain.fitting import make_accelerator
+from ib_explain.fitting import launched
 from ib_explain.gallery import draw_pictures
 from ib_explain.hooks import frozen, host_device, module_name, run_host
 from ib_explain.io import host_facts, versions
@@ -95,11 +95,10 @@ def benchmark(
     contenders = contenders_of(methods, model)
     chosen = _metrics(metrics)
     reference = _reference(reference, [contender.name for contender in contenders])
-    accelerator = make_accelerator(host_device(model))
-    if out is None and accelerator.num_processes > 1:
-        raise ValueError("several processes need a folder that all can write to; give out=FOLDER")
     check_seed(seed)
-    with frozen(model) as host, seeded(seed):
+    with frozen(model) as host, seeded(seed), launched(host_device(model)) as accelerator:
+        if out is None and accelerator.num_processes > 1:
+            raise ValueError("several processes need a folder that all can write to; give out=FOLDER")
         source = Source(data, images=images, names=names, seed=seed)
         _check_needs(chosen, source)
         classes = _check_host(host, source.first)

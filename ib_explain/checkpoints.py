@@ -11,18 +11,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ib_explain.files import current_folder, replace_folder
-from ib_explain.io import FORMAT, read_folder, write_folder
+from ib_explain.io import FILES, FORMAT, read_folder, write_folder
 
-__all__ = ["read_checkpoint", "write_checkpoint"]
+__all__ = ["CHECKPOINT_FILES", "read_checkpoint", "write_checkpoint"]
 
 OPTIMISER = "optimiser.safetensors"
+CHECKPOINT_FILES = (*FILES, OPTIMISER)
+RUN = ("step", "images", "seconds", "grid_alone", "figures", "history", "settings", "scaler")
 
 
 def write_checkpoint(
     path: Path, weights: dict[str, Tensor], description: dict[str, Any], state: dict[str, Any]
 ) -> None:
-    """Replace the checkpoint at `path` by a new one."""
-    with replace_folder(path) as folder:
+    """Replace the checkpoint at `path` by a new one.
+
+    Raises:
+        FileExistsError: the folder holds other files.
+    """
+    with replace_folder(path, CHECKPOINT_FILES) as folder:
         write_folder(folder, weights, {"format": FORMAT, **description, "run": state["run"]})
         save_file(state["tensors"], folder / OPTIMISER)
 
@@ -40,12 +46,27 @@ def read_checkpoint(path: str | Path, description: dict[str, Any], settings: dic
     if folder is None:
         return None
     weights, config = read_folder(folder)
-    theirs = {**config, **config["run"]["settings"]}
-    for name, value in json.loads(json.dumps({**description, **settings})).items():
-        if theirs.get(name) != value:
-            raise ValueError(f"{folder} is the checkpoint of a fit with {name}={theirs.get(name)!r}, not {value!r}")
+    run = config.get("run")
+    if not isinstance(run, dict) or any(key not in run for key in RUN):
+        raise ValueError(f"{folder} is no checkpoint of a fit, or damaged: its config.json has no whole 'run'")
+    theirs, ours = {**config, **run["settings"]}, json.loads(json.dumps({**description, **settings}))
+    for kind, what in (("structure", "to another architecture"), ("weights", "to a host with other weights")):
+        if theirs["host"].get(kind) != ours["host"][kind]:
+            raise ValueError(f"{folder} is the checkpoint of a fit {what}")
+    for name, value in ours.items():
+        if _decisive(theirs.get(name)) != _decisive(value):
+            short = not isinstance(value, dict | list)
+            what = f"{name}={theirs.get(name)!r}, not {value!r}" if short else f"another {name}"
+            raise ValueError(f"{folder} is the checkpoint of a fit with {what}")
     try:
         tensors = load_file(folder / OPTIMISER)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / OPTIMISER} is damaged: {error}") from error
-    return {"weights": weights, "tensors": tensors, "run": config["run"]}
+    return {"weights": weights, "tensors": tensors, "run": run}
+
+
+def _decisive(value: Any) -> Any:
+    """A description without how well layouts scored in their probes, which another machine may round otherwise."""
+    if isinstance(value, dict):
+        return {key: _decisive(item) for key, item in value.items() if key != "score"}
+    return [_decisive(item) for item in value] if isinstance(value, list) else value

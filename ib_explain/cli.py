@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 __all__ = ["main"]
 
 DONE, FAILED, MISTAKE = 0, 1, 2
+FILE_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -260,7 +261,9 @@ def _mistake(error: Exception) -> str | None:
     This package checks what it is given and raises these types with one line; the same types from deeper inside (torch,
     timm) are failures, whose traceback is needed. Errors about files are about the files that the user named.
     """
-    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError):
+    if isinstance(
+        error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError | IsADirectoryError
+    ):
         return f"{error.strerror}: {error.filename}" if error.filename else str(error)
     text = str(error).strip()
     if "DataLoader worker process" in text:  # torch puts the traceback of the worker into the message

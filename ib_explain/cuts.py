@@ -39,7 +39,10 @@ class CleanPass:
             self.x = probe_batch(host, PROBE_BATCH, size)
             self.recorders = {name: stack.enter_context(TailRecorder(host, name)) for name in names}
             with capture(host, names, at=lambda _n, output: _copy(output)) as self.outputs:
-                self.spread = _spread(run_host(host, self.x, args))
+                logits = run_host(host, self.x, args)
+        if bad := int((~torch.isfinite(logits)).sum()):
+            raise ValueError(f"model gives {bad} NaN or infinite logits for images of smooth noise")
+        self.spread = _spread(logits)
 
     def effect(self, name: str, layout: Layout, tail: Tail | None = None) -> float:
         """Share of the logits' spread that is left when only the grid differs between images."""

@@ -6,10 +6,10 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-__all__ = ["current_folder", "replace_file", "replace_folder"]
+__all__ = ["check_replaceable", "current_folder", "remove_folder", "replace_file", "replace_folder"]
 
 
 @contextlib.contextmanager
@@ -29,30 +29,75 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replace_folder(path: str | Path) -> Iterator[Path]:
+def replace_folder(path: str | Path, ours: Collection[str]) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; takes its place on success, removed on failure.
 
-    An older folder is set aside as `NAME.old` first, so that at every moment one whole folder exists; after a crash in
-    between, `current_folder` finds it.
+    An older folder is set aside under a hidden name first, so that at every moment one whole folder exists; after a
+    crash in between, `current_folder` finds it.
+
+    Args:
+        path: of the folder.
+        ours: names of the files that may be replaced.
+
+    Raises:
+        FileExistsError: as `check_replaceable`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_replaceable(path, ours)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    old = path.with_name(path.name + ".old")
+    aside = _aside(path)
     try:
         yield temporary
         temporary.chmod(0o755)
+        check_replaceable(path, ours)  # a fit takes a while
         if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
         temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(path: str | Path, ours: Collection[str]) -> None:
+    """Make sure that a folder can be written at `path` and that nothing of the user's would be lost by it.
+
+    Args:
+        path: of the folder; those above it are made.
+        ours: names of the files that may be replaced.
+
+    Raises:
+        FileExistsError: a file of that name, or a folder that holds anything else than `ours`.
+        OSError: the place cannot be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for other in sorted(path.iterdir()):
+            if other.name not in ours or not other.is_file():
+                raise FileExistsError(f"{path} holds other files ({other.name}); name another folder")
+    elif path.exists() or path.is_symlink():
+        raise FileExistsError(f"{path} is no folder; name another one")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent):
+        pass
 
 
 def current_folder(path: str | Path) -> Path | None:
     """The folder itself, or the older one that a crash left set aside, or None."""
     path = Path(path)
-    old = path.with_name(path.name + ".old")
-    return next((candidate for candidate in (path, old) if candidate.is_dir()), None)
+    return next((candidate for candidate in (path, _aside(path)) if candidate.is_dir()), None)
+
+
+def remove_folder(path: str | Path, ours: Collection[str]) -> None:
+    """Remove what `replace_folder` wrote, if it is there.
+
+    Raises:
+        FileExistsError: as `check_replaceable`.
+    """
+    check_replaceable(path, ours)
+    for folder in (Path(path), _aside(Path(path))):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.set-aside")

@@ -5,13 +5,15 @@ What a step does is in `ib_explain.training`.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ from ib_explain.progress import Progress
 from ib_explain.statistics import Moments, RunningMean, RunningMoments
 from ib_explain.training import PRECISIONS, FitSettings, Trainer
 
-__all__ = ["Statistics", "choose_precision", "doubts", "estimate_statistics", "make_accelerator", "train"]
+__all__ = ["Statistics", "choose_precision", "doubts", "estimate_statistics", "launched", "train"]
 
 STATISTICS_IMAGES = 2000
 # Of a fit whose number of steps is not given: without the gradient, evidence for a class has to be learned.
@@ -44,9 +46,20 @@ class Statistics:
     classes: int
 
 
-def make_accelerator(device: torch.device) -> Accelerator:
-    """This process among all of a launch; alone without `accelerate launch` or `torchrun`."""
-    return Accelerator(cpu=device.type == "cpu")
+@contextlib.contextmanager
+def launched(device: torch.device) -> Iterator[Accelerator]:
+    """This process among all of a launch; alone without `accelerate launch` or `torchrun`.
+
+    accelerate keeps one state for the whole process: what was not there before is not left behind, or a later
+    `Accelerator(mixed_precision=...)` of the user's would be refused.
+    """
+    theirs, processes = bool(AcceleratorState._shared_state), bool(PartialState._shared_state)
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    try:
+        yield accelerator
+    finally:
+        if not theirs:  # the process group of a launch stays
+            AcceleratorState._reset_state(reset_partial_state=not processes and accelerator.num_processes == 1)
 
 
 def choose_precision(precision: str | None, accelerator: Accelerator) -> str:
@@ -79,8 +92,9 @@ def estimate_statistics(
     side = RunningMean()
     classes = 0
     total = images if data.images is None else min(images, data.images)
-    with Progress(total, "statistics", show=show_progress) as progress:
-        for x, _labels in data.first(images):
+    # Closed at once, also after an error: an open epoch holds the caller's random state.
+    with Progress(total, "statistics", show=show_progress) as progress, contextlib.closing(data.first(images)) as first:
+        for x, _labels in first:
             x = _prepare(x, host)
             seen = observe(host, place.site, x, deeper=place.deeper, args=args)
             classes = seen.logits.shape[1]
@@ -139,13 +153,14 @@ def train(
     trainer = Trainer(bottleneck, host, place, data.share, settings, accelerator)
     if state is not None:
         trainer.load(state)
-    batches = data(skip=trainer.step_number)
     started = time.monotonic()
     record: dict[str, Any] = {"settings": asdict(settings), "processes": data.share.world}
     label = f"fit {place.site.name}"
-    with Progress(
-        settings.steps, label, show=show_progress and data.share.rank == 0, done=trainer.step_number
-    ) as progress:
+    shown = show_progress and data.share.rank == 0
+    with (
+        Progress(settings.steps, label, show=shown, done=trainer.step_number) as progress,
+        contextlib.closing(data(skip=trainer.step_number)) as batches,
+    ):
         while trainer.step_number < settings.steps:
             x, labels = next(batches)
             trainer.step(_prepare(x, host), labels)

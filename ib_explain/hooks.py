@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -100,9 +101,9 @@ def module_name(model: nn.Module, module: nn.Module) -> str:
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Lend the unwrapped host in eval mode, without parameter gradients, run eagerly; hand it back as it came.
 
-    Inside, a host that writes into its images gets copies, and gradients can be had under the caller's
-    `torch.inference_mode()` too. Restored at every exit: each module's own training flag, each parameter's
-    `requires_grad`, and the random state of the CPU and of the host's GPU.
+    Inside, a host that writes into its images gets copies, gradients can be had under the caller's
+    `torch.inference_mode()` too, and other threads that want the host wait. Restored at every exit: each module's own
+    training flag, each parameter's `requires_grad`, and the random state of the CPU and of the host's GPU.
 
     Raises:
         TypeError: see `unwrap`.
@@ -111,12 +112,16 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     model = unwrap(model)
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError("model has parameters made in inference mode; make or load it outside torch.inference_mode()")
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    compiled = [(m, m._compiled_call_impl) for m in model.modules() if getattr(m, "_compiled_call_impl", None)]
-    device = host_device(model)
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus), _eagerly(), outside_inference_mode(), _images_spared(model):
+    with contextlib.ExitStack() as inside:
+        inside.enter_context(_LOCKS.setdefault(model, threading.RLock()))
+        modes = [(module, module.training) for module in model.modules()]
+        wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        compiled = [(m, m._compiled_call_impl) for m in model.modules() if getattr(m, "_compiled_call_impl", None)]
+        device = host_device(model)
+        inside.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        inside.enter_context(_eagerly())
+        inside.enter_context(outside_inference_mode())
+        inside.enter_context(_images_spared(model))
         try:
             for module, _ in modes:
                 module.training = False
@@ -143,6 +148,9 @@ def outside_inference_mode() -> Iterator[None]:
     with torch.inference_mode(mode=False), torch.no_grad():
         yield
 
+
+# Hooks of two threads would meet in one pass: one at a time has a host.
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 # Whether a host writes into its images, as those do that normalise them in place: known after a whole pass.
 _WRITES: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,20 +18,29 @@ from torch import Tensor, nn
 
 from ib_explain.bottleneck.gates import GATES
 from ib_explain.bottleneck.module import Bottleneck, Restriction, empty_bottleneck
-from ib_explain.checkpoints import read_checkpoint, write_checkpoint
-from ib_explain.checks import check_images, check_number, check_positive_int, did_you_mean
+from ib_explain.checkpoints import CHECKPOINT_FILES, read_checkpoint, write_checkpoint
+from ib_explain.checks import check_images, check_maps, check_number, check_positive_int, did_you_mean
 from ib_explain.data.batches import Batches, Share
-from ib_explain.files import replace_folder
+from ib_explain.files import check_replaceable, replace_folder
 from ib_explain.fitting import (
     DEFAULT_IMAGES,
     choose_precision,
     doubts,
     estimate_statistics,
-    make_accelerator,
+    launched,
     train,
 )
-from ib_explain.hooks import HostArgs, find_module, frozen, host_device, module_name, replace_output, unwrap
-from ib_explain.io import FORMAT, data_config, host_facts, read_folder, versions, write_folder
+from ib_explain.hooks import (
+    HostArgs,
+    find_module,
+    frozen,
+    host_device,
+    module_name,
+    replace_output,
+    unwrap,
+    weights_state,
+)
+from ib_explain.io import FILES, FORMAT, data_config, host_facts, read_folder, versions, write_folder
 from ib_explain.layouts import Layout
 from ib_explain.maps import resize, spread, spread_signed, without_lattice, without_lattice_signed
 from ib_explain.observation import Observation, observe
@@ -50,6 +60,7 @@ OPTIONS = ("gate", "reads", "anchors", "per_element", "relevance", "seed")  # th
 OBJECTIVES = ("prediction", "label")
 REFERENCE_IMAGES = 32
 LEAK_WORTH_A_WARNING = 0.05
+ONE_CLASS = "model must tell at least 2 classes, got 1; wrap a single logit z as torch.cat([-z, z], dim=1)"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -117,9 +128,10 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             raise ValueError(f"the {gate!r} gate passes everything, so it has no relevance; use gate='gaussian'")
         if reads not in READS:
             raise ValueError(f"unknown reads {reads!r}{did_you_mean(str(reads), READS)}")
-        if anchors and check_positive_int(anchors, "anchors") < 2:
-            raise ValueError(f"anchors must be 0 (none) or at least 2, got {anchors}")
-        self.gate, self.reads, self.anchors, self.per_element = gate, reads, anchors, per_element
+        self.anchors = check_positive_int(anchors, "anchors") if anchors else 0
+        if self.anchors == 1:
+            raise ValueError("anchors must be 0 (none) or at least 2, got 1")
+        self.gate, self.reads, self.per_element = gate, reads, per_element
         self.seed = check_seed(seed)
         self.relevance = relevance
         self.record: dict[str, Any] | None = None
@@ -187,7 +199,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             objective: "prediction" explains what the host says (targets drawn from its own predictive distribution),
                 "label" the labels in the data.
             precision: "fp32", "bf16", "fp16", or None for the launcher's choice.
-            checkpoint: folder that keeps the state of the run.
+            checkpoint: folder that keeps the state of the run; it may hold nothing else.
             every: steps between two checkpoints.
             resume: continue from `checkpoint` if it is there; ends at the weights of an uninterrupted run.
             show_progress: a bar on a terminal, lines in a pipe.
@@ -202,7 +214,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
 
         Raises:
             TypeError: data that is no iterable of image tensors.
-            ValueError: empty data, images of several sizes or that the host refuses, an unknown objective or precision.
+            ValueError: empty data, images of several sizes or that the host refuses, an unknown objective or precision,
+                a layer whose grid no gradient of the logits reaches, a host of one class, another run's checkpoint.
+            FileExistsError: the checkpoint's folder holds other files.
         """
         if objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {objective!r}{did_you_mean(str(objective), OBJECTIVES)}")
@@ -212,13 +226,13 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=FOLDER, got None")
         check_positive_int(every, "every")
-        with frozen(self.forward_func) as host, torch.enable_grad():
-            device = host_device(host)
-            accelerator = make_accelerator(device)
+        device = host_device(self.host)
+        with frozen(self.forward_func) as host, torch.enable_grad(), launched(device) as accelerator:
             batches = Batches(data, self.seed, Share(accelerator.process_index, accelerator.num_processes))
             first, _ = next(batches.first(1))
+            check_images(first, name="images from data", channels=input_size_of(host)[0])
             place = find_place(host, self.layer_name, _size(first))
-            self._warn_of_leak(place)
+            self._check_place(place)
             by_default = max(100, round(DEFAULT_IMAGES[self.reads] / (len(first) * batches.share.world)))
             settings = FitSettings(
                 steps=check_positive_int(by_default if steps is None else steps, "steps"),
@@ -228,8 +242,10 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 precision=choose_precision(precision, accelerator),
                 seed=self.seed,
             )
-            description = self._describe(place)
+            description = {**self._describe(place), "host": host_facts(host), "batch_size": len(first)}
             state = None
+            if checkpoint is not None:
+                check_replaceable(checkpoint, CHECKPOINT_FILES)
             if resume and checkpoint is not None:
                 state = read_checkpoint(checkpoint, description, dataclasses.asdict(settings))
             if state is not None:
@@ -294,12 +310,13 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             raise ValueError(f"inputs must be one tensor or a tuple of one, got a tuple of {len(x)}")
         if isinstance(refine, bool) or not hasattr(refine, "__index__") or refine < 0:
             raise ValueError(f"refine must be an integer >= 0, got {refine!r}")
+        if refine and not self.fitted:
+            raise ValueError(f"refine starts from a fitted attention; call .fit(data) first, got refine={refine}")
         settings = PerImageSettings(seed=self.seed)
         if self.fitted:
             beta = (self.record or {}).get("settings", {}).get("beta")
             settings = dataclasses.replace(settings, steps=int(refine), lr=REFINING_LR, beta=beta)
-        args = HostArgs.of(additional_forward_args, len(x))
-        maps = self._maps(x, target, args, settings, output, fitted=self.fitted)
+        maps = self._maps(x, target, additional_forward_args, settings, output, fitted=self.fitted)
         return (maps,) if echo else maps
 
     def attribute_per_image(
@@ -321,7 +338,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 fitted bottleneck, else smooth noise images.
             output: as in `attribute`.
         """
-        return self._maps(inputs, target, (), settings, output, fitted=False, reference=reference)
+        return self._maps(inputs, target, None, settings, output, fitted=False, reference=reference)
 
     def information(self, inputs: Tensor) -> Tensor:
         """Bits that the bottleneck passes for each image and the host's own top-1: (B, 3, H, W) -> (B,)."""
@@ -347,7 +364,6 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         with frozen(self.forward_func) as host:
             if self._place is None and self.layer_name is None:
                 found = find_place(host, None, input_size_of(host))
-                self._warn_of_leak(found)
                 self._settle(found)
             name = str(self.layer_name)
             plan: list[tuple[Restriction, Observation, Layout, Tensor]] = []
@@ -355,6 +371,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
 
             def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
                 nonlocal planning
+                if not inputs:
+                    raise TypeError("call the restricted model with its images first, as model(x)")
                 if not planning:  # the clean pass that the attention reads runs through this very hook
                     planning = True
                     try:
@@ -384,13 +402,14 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
     def save(self, path: str | Path) -> None:
         """Write the fitted bottleneck as a folder with `bottleneck.safetensors` and `config.json`.
 
-        An older folder of that name is replaced only when the new one is whole.
+        An older one of that name is replaced only when the new one is whole.
 
         Raises:
             RuntimeError: not fitted.
+            FileExistsError: the folder holds anything else.
         """
         self.bottleneck  # noqa: B018 - says so if there is none
-        with replace_folder(path) as folder:
+        with replace_folder(path, FILES) as folder:
             self._save_pretrained(folder)
 
     @classmethod
@@ -419,18 +438,21 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         channels, height, width = config["input_size"]
         with frozen(model) as host:
             place = find_place(host, self.layer_name, (channels, height, width), read=False)
-            self._warn_of_leak(place)
+            self._check_place(place)
             try:
                 place = self._settle(place.reading(config))
                 self._bottleneck = self._empty(tensors, place).to(host_device(host)).requires_grad_(False)
             except (KeyError, RuntimeError, ValueError) as error:
-                raise ValueError(f"{path} does not fit this model: {error}") from error
-        self.record = config["record"]
+                told = " ".join(str(error).split())
+                raise ValueError(f"{path} does not fit this model: {told}") from error
+        self.record = config.get("record")
         return self
 
     @classmethod
     def from_pretrained(cls, name: str | Path, model: nn.Module, **hub: Any) -> IBAttention:  # type: ignore[override]
         """Load from a local folder or a repository of the Hugging Face hub (revision=, token=, cache_dir=, ...)."""
+        if isinstance(name, Path) or str(name).startswith((".", "/", "~")):  # never a repository's name
+            return cls.load(Path(name).expanduser(), model)
         return super().from_pretrained(name, model=model, **hub)
 
     @property
@@ -481,7 +503,13 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         self.layer = find_module(self.host, place.site.name)
         return place
 
-    def _warn_of_leak(self, place: Place) -> None:
+    def _check_place(self, place: Place) -> None:
+        """Refuse a layer that nothing can be fitted at, and warn of one that is no cut."""
+        if place.site.reached == 0 and not math.isnan(place.site.leak):  # NaN: the same logits for all images
+            raise ValueError(
+                f"no gradient of the logits reaches the grid of layer {place.site.name!r}: they do not depend on it, "
+                "or the model's forward runs behind it under no_grad or detaches; name an earlier layer"
+            )
         leak = place.site.leak
         if leak > LEAK_WORTH_A_WARNING and self.gate != "residual" and place != self._place:
             told = f"layer {place.site.name!r} is no cut: {leak:.0%} of the logits' spread flows around its grid"
@@ -503,6 +531,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             per_element=self.per_element,
             show_progress=show_progress and accelerator.is_main_process,
         )
+        if found.classes < 2:
+            raise ValueError(ONE_CLASS)
         gradient = self.reads == "gradient"
         restriction = Restriction(self.gate, found.moments, found.side)
         classes = None if gradient else class_rows(host, found.classes, self.seed)
@@ -536,7 +566,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         place = self._place
         if place is None or (not self.fitted and place.input_size != size):
             place = find_place(host, self.layer_name, size, args)
-            self._warn_of_leak(place)
+            self._check_place(place)
             self._settle(place)
         elif place.input_size != size:
             if self.per_element:
@@ -549,7 +579,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         self,
         x: Tensor,
         target: Target,
-        args: tuple[Any, ...],
+        additional: Any,
         settings: PerImageSettings,
         output: str,
         *,
@@ -565,23 +595,27 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         if output == "relevance" and settings.steps:
             raise ValueError(f"refine moves the attention, and relevance does not depend on it; got {settings.steps}")
         check_images(x, name="inputs", channels=input_size_of(self.host)[0], device=host_device(self.host))
+        args = HostArgs.of(additional, len(x))
         with frozen(self.forward_func) as host, torch.no_grad():
             # The optimisation is priced by the deeper layers' evidence, whatever the attention itself reads.
             gradient = settings.steps > 0 or self.reads == "gradient"
             seen, place = self._observe(host, x, target, args, read=True, gradient=gradient)
             size = (int(x.shape[2]), int(x.shape[3]))
+            if seen.logits.shape[1] < 2:
+                raise ValueError(ONE_CLASS)
             if output == "relevance":
                 brought = self.bottleneck.label_bits(seen)
-                return spread_signed(without_lattice_signed(brought) if place.strided else brought, size)
+                maps = spread_signed(without_lattice_signed(brought) if place.strided else brought, size)
+                return _finite(maps)
             if fitted and reference is None:
                 restriction, start = self.bottleneck.restriction, self.bottleneck.attend(seen).value
             else:
                 restriction, start = self._restriction(host, place, reference, args), None
             attention = optimise(restriction, seen, place.site.layout, settings, start)
             if output == "attention":
-                return resize(attention, size)
+                return _finite(resize(attention, size))
             bits = restriction.bits(seen, attention).clamp_min(0)
-            return spread(without_lattice(bits) if place.strided else bits, size)
+            return _finite(spread(without_lattice(bits) if place.strided else bits, size))
 
     def _restriction(
         self, host: nn.Module, place: Place, reference: Tensor | None = None, args: tuple[Any, ...] = ()
@@ -589,7 +623,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         """The fitted restriction, or one whose statistics come from reference images, never from the explained ones."""
         if reference is None and self.fitted:
             return self.bottleneck.restriction
-        if reference is None and self._reference is not None and self._reference[0] == place:
+        state = (place, weights_state(host))
+        if reference is None and self._reference is not None and self._reference[0] == state:
             return self._reference[1]
         images = probe_images(REFERENCE_IMAGES, place.input_size, seed=7)
         if reference is not None:
@@ -600,7 +635,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         )
         restriction = Restriction(self.gate, found.moments, found.side).to(host_device(host)).requires_grad_(False)
         if reference is None:
-            self._reference = (place, restriction)
+            self._reference = (state, restriction)
         return restriction
 
     def _plan(
@@ -615,10 +650,18 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 value = self.bottleneck.attend(seen).value
             else:
                 value = torch.as_tensor(attention, dtype=torch.float32, device=x.device)
-                if value.ndim not in (0, 4) or value.min() < 0 or value.max() > 1:
-                    raise ValueError(f"attention must be a number or (B, 1, h, w) in [0, 1], got {tuple(value.shape)}")
-                value = value.expand(len(x), 1, *place.site.grid)
+                expected = (len(x), 1, *place.site.grid)
+                fits = value.ndim == 0 or tuple(value.shape) in (expected, (1, *expected[1:]))
+                if not fits or not ((value >= 0) & (value <= 1)).all():
+                    got = attention if value.ndim == 0 else f"{tuple(value.shape)}, {value.min():g} to {value.max():g}"
+                    raise ValueError(f"attention must be a number or {expected}, in [0, 1], got {got}")
+                value = value.expand(expected)
         return restriction, seen, place.site.layout, value
+
+
+def _finite(maps: Tensor) -> Tensor:
+    check_maps(maps)
+    return maps
 
 
 def _size(x: Tensor) -> tuple[int, int, int]:

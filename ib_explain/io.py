@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from ib_explain.hooks import unwrap
 from ib_explain.layouts import Layout
 
-__all__ = ["FORMAT", "data_config", "fingerprint", "host_facts", "layout_from_json", "read_folder", "versions"]
+__all__ = ["FILES", "FORMAT", "data_config", "fingerprint", "host_facts", "layout_from_json", "read_folder", "versions"]
 __all__ += ["write_folder"]
 
 FORMAT = 1
 WEIGHTS, CONFIG = "bottleneck.safetensors", "config.json"
+FILES = (WEIGHTS, CONFIG)
+NEEDED = ("host", "layer", "input_size", "layout", "deeper", "gate", "reads", "anchors", "per_element", "seed")
 
 
 def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -49,6 +51,10 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         got = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{folder / CONFIG} has format {got!r}; this version of ib_explain reads format {FORMAT}")
+    if missing := [key for key in NEEDED if key not in config]:
+        raise ValueError(f"{folder} is damaged: its {CONFIG} has no {missing[0]!r}")
+    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"{folder} is damaged: {broken[0]} in {WEIGHTS} has NaN or infinite values")
     return tensors, config
 
 

@@ -59,7 +59,7 @@ def without_lattice_signed(amounts: Tensor) -> Tensor:
 
 
 def _filtered(amounts: Tensor) -> Tensor:
-    kernel = torch.tensor([-1.0, 4.0, 10.0, 4.0, -1.0], device=amounts.device) / 16
+    kernel = amounts.new_tensor([-1.0, 4.0, 10.0, 4.0, -1.0]) / 16
     padded = F.pad(amounts, (2, 2, 2, 2), mode="replicate")
     return F.conv2d(F.conv2d(padded, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
 

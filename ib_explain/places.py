@@ -9,8 +9,7 @@ from torch import nn
 
 from ib_explain.io import layout_from_json
 from ib_explain.layouts import Layout
-from ib_explain.sites import Site, deeper_sites, resolve_site
-from ib_explain.stripes import find_layouts
+from ib_explain.sites import Site, deeper_sites, layouts_of, resolve_site
 
 __all__ = ["Place", "find_place"]
 
@@ -56,7 +55,7 @@ class Place:
                 f"inputs of size {size} give {site.name!r} {theirs.kind} with {theirs.channels} channels, "
                 f"but at {self.input_size} it is {ours.kind} with {ours.channels}"
             )
-        found = find_layouts(model, [name for name, _ in self.deeper], size, args)
+        found = layouts_of(model, [name for name, _ in self.deeper], size, args)
         for name, layout in found.items():
             if not isinstance(layout, Layout):
                 raise ValueError(f"inputs of size {size} leave no grid at {name!r}: {layout}")

@@ -40,7 +40,7 @@ class Registry(Generic[T]):
     def get(self, name: str) -> T:
         """Return the entry, or raise a ValueError with the nearest names."""
         if name not in self._entries:
-            raise ValueError(f"unknown {self.kind} {name!r}{did_you_mean(name, self._entries)}")
+            raise ValueError(f"unknown {self.kind} {name!r}{did_you_mean(str(name), self._entries)}")
         return self._entries[name]
 
     def summaries(self) -> dict[str, str]:

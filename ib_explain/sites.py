@@ -21,7 +21,8 @@ from ib_explain.layouts import Layout
 from ib_explain.stripes import find_layouts
 from ib_explain.survey import Candidate, Survey, survey
 
-__all__ = ["Site", "candidate_layers", "default_layer", "deeper_sites", "input_size_of", "resolve_site", "sites"]
+__all__ = ["Site", "candidate_layers", "default_layer", "deeper_sites", "input_size_of", "layouts_of", "resolve_site"]
+__all__ += ["sites"]
 
 FINE_ENOUGH = 14 * 14  # cells beyond which a finer grid brings little and costs depth
 EFFECT_POWER = 2.5  # the square takes a branch of HRNet that carries .43, the cube the embedding of an untrained ViT
@@ -123,7 +124,7 @@ def sites(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> l
     result = []
     for start in range(0, len(names), GROUP):
         group = names[start : start + GROUP]
-        layouts = _layouts(host, group, size, ())
+        layouts = layouts_of(host, group, size, ())
         result += _measure(host, [name for name in group if isinstance(layouts[name], Layout)], size, ())
     return result
 
@@ -168,7 +169,7 @@ def resolve_site(
         if runs != 1:
             what = "does not run" if runs == 0 else f"runs {runs} times"
             raise RuntimeError(f"layer {name!r} {what} in one forward pass; name a layer that runs once")
-        layout = _layouts(host, [name], input_size, args)[name]
+        layout = layouts_of(host, [name], input_size, args)[name]
         if not isinstance(layout, Layout):
             raise ValueError(f"layer {name!r} has no spatial grid: {layout}")
         _measure(host, [name], input_size, args)
@@ -183,7 +184,7 @@ def deeper_sites(model: nn.Module, site: Site, args: tuple[Any, ...] = ()) -> li
     """
     host = unwrap(model)
     behind = [c.name for c in _survey(host, site.input_size, args).candidates if c.depth > site.depth]
-    found = _layouts(host, behind, site.input_size, args)
+    found = layouts_of(host, behind, site.input_size, args)
     by_size: dict[tuple[int, int], list[tuple[str, Layout]]] = {}
     for name in behind:
         if isinstance(layout := found[name], Layout):
@@ -249,10 +250,11 @@ def _survey(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) 
     return known.survey
 
 
-def _layouts(
-    host: nn.Module, names: list[str], size: tuple[int, int, int], args: tuple[Any, ...]
+def layouts_of(
+    model: nn.Module, names: list[str], size: tuple[int, int, int], args: tuple[Any, ...] = ()
 ) -> dict[str, Layout | str]:
-    """Layouts of these layers; one probe for those that are not known yet."""
+    """Layouts of these layers, or what was seen of one without a grid; one probe for those that are not known yet."""
+    host = unwrap(model)
     known = _known(host, size).layouts
     if new := [name for name in names if name not in known]:
         known.update(find_layouts(host, new, size, args))
@@ -321,8 +323,12 @@ def _best_site(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...
 
 def _no_default(host: nn.Module, size: tuple[int, int, int], seen: Site | None) -> str:
     what = f"no layer of this {type(host).__name__} is a cut with a spatial grid for inputs of size {size}"
+    if seen is None and not _survey(host, size, ()).differentiable:
+        return f"{what}: no gradient of the logits reaches the images; does its forward run under no_grad, or detach?"
     if seen is None:
         return f"{what}; name a layer, or try larger images"
+    if math.isnan(seen.leak):
+        return f"{what}: its logits are the same for all images, as with a head of zeros; name a layer"
     wanted = f"expected leak <= {LEAK_LIMIT}, effect > {EFFECT_LIMIT} and reached > 0"
     got = f"got {seen.leak:.2f}, {seen.effect:.2f} and {seen.reached:.2f} at {seen.name!r}"
     return f"{what}; {wanted}, {got}; name a layer"
@@ -340,7 +346,7 @@ def _scores(
     A cut whose tensor is all grid has effect 1 and leak 0. Tokens beside the grid take from the effect; only with
     several tensors does the leak have to be measured too.
     """
-    layouts = _layouts(host, [c.name for c in group], size, args)
+    layouts = layouts_of(host, [c.name for c in group], size, args)
     grids = {c: layout for c in group if isinstance(layout := layouts[c.name], Layout)}
     mixed = [c.name for c, layout in grids.items() if layout.has_side or not c.cut]
     clean = CleanPass(host, mixed, size, args) if mixed else None

@@ -36,6 +36,8 @@ class Survey:
     runs: Counter[str]
     depths: dict[str, float]
     candidates: list[Candidate]
+    differentiable: bool
+    """Whether the logits' gradient reaches the images."""
 
 
 def survey(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -> Survey:
@@ -79,7 +81,8 @@ def survey(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -
             continue
         if nodes not in found or name.count(".") < found[nodes].name.count("."):
             found[nodes] = Candidate(name, depths[name], cut, max(grids, key=math.prod))
-    return Survey(runs, depths, sorted(found.values(), key=lambda c: c.depth))
+    candidates = sorted(found.values(), key=lambda c: c.depth)
+    return Survey(runs, depths, candidates, differentiable=logits.grad_fn is not None)
 
 
 def _dominators(output: Any) -> set[Any]:

@@ -78,7 +78,7 @@ def _as_int64(target: Any, batch: int) -> Tensor:
     if isinstance(target, bool | np.bool_):
         raise TypeError(f"{expected}, got the bool {target}")
     if isinstance(target, int | np.integer):
-        return torch.tensor(int(target))
+        return torch.tensor(_in_int64(int(target)))
     if isinstance(target, np.ndarray):
         if not np.issubdtype(target.dtype, np.integer):
             raise TypeError(f"{expected}, got an array of {target.dtype}")
@@ -94,5 +94,11 @@ def _as_int64(target: Any, batch: int) -> Tensor:
         wrong = [t for t in target if isinstance(t, bool | np.bool_) or not hasattr(t, "__index__")]
         if wrong:
             raise TypeError(f"{expected}, got a list with {wrong[0]!r}")
-        return torch.tensor([t.__index__() for t in target], dtype=torch.int64)
+        return torch.tensor([_in_int64(t.__index__()) for t in target], dtype=torch.int64)
     raise TypeError(f"{expected}, got {type(target).__name__}")
+
+
+def _in_int64(target: int) -> int:
+    if not -(2**63) <= target < 2**63:
+        raise IndexError(f"target class {target} is out of range for any model")
+    return target

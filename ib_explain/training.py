@@ -204,6 +204,7 @@ class Trainer:
             "figures": self.figures,
             "history": self.history,
             "settings": asdict(self.settings),
+            "scaler": self.scaler.state_dict(),
         }
         return {"tensors": tensors, "run": run}
 
@@ -216,6 +217,7 @@ class Trainer:
             index, key = name.split(".", 1)
             optimiser["state"].setdefault(int(index), {})[key] = value
         self.optimiser.load_state_dict(optimiser)
+        self.scaler.load_state_dict(run["scaler"])
         self.step_number, self.images, self.seconds_before = run["step"], run["images"], run["seconds"]
         self.updates = UPDATES * self.step_number
         self.grid_alone, self.figures, self.history = run["grid_alone"], run["figures"], run["history"]

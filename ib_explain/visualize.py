@@ -104,7 +104,7 @@ def visualize(
         y0 = top + row * step
         picture_axes = _show(box(left, y0, cell_w, cell_h), pictures[row])
         if row_titles:
-            picture_axes.set_ylabel(_cut(row_titles[row], int(cell_h * 18)), fontsize=8, labelpad=3)
+            picture_axes.set_ylabel(_cut(row_titles[row], int(cell_h * 18)), fontsize=8, labelpad=3, parse_math=False)
         for number, column in enumerate(columns, start=1):
             x0 = left + number * (cell_w + _GAP)
             drawn = overlay(
@@ -113,7 +113,7 @@ def visualize(
             axes = _show(box(x0, y0, cell_w, cell_h), drawn)
             axes.set_xlabel(_note(column.values[row], column.unit), fontsize=7, labelpad=2, color="0.25")
             if row == 0 and named:
-                axes.set_title(column.name, fontsize=9, pad=3)
+                axes.set_title(column.name, fontsize=9, pad=3, parse_math=False)
         if row == 0 and named:
             picture_axes.set_title("image", fontsize=9, pad=3)
         if scale == "row" or row == batch - 1:
@@ -193,7 +193,8 @@ def contact_sheet(
         drawn = overlay(picture, values[i], limit=common.limit, signed=common.signed)
         sheet[y0 : y0 + size[0], x0 + size[1] + 1 : x0 + pair_w] = drawn
         if captions:
-            figure.text(x0 / page_w, 1 - (y0 - 3) / page_h, _cut(captions[i], pair_w // 6), fontsize=7, va="baseline")
+            caption = _cut(captions[i], pair_w // 6)
+            figure.text(x0 / page_w, 1 - (y0 - 3) / page_h, caption, fontsize=7, va="baseline", parse_math=False)
     figure.figimage(sheet, origin="upper", zorder=-1)  # pixel by pixel, not resampled
     bar_w = min(page_w - 6 * gap, 360)
     bar_y = page_h - bar_room + 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from safetensors.torch import save_file
 from ib_explain.cli import main
 from ib_explain.commands.map_folder import plan_names
 from ib_explain.hosts import class_names, load_host
+from ib_explain.ib import IBAttention
+from ib_explain.training import Trainer
 
 MODEL = ["test_resnet", "--input-size", "64", "--num-classes", "5"]
 
@@ -154,6 +157,9 @@ def test_layers_prints_and_writes_the_sites(host, tmp_path, capsys):
     assert rows[default[0]]["note"] == "default"
     assert (rows["layer3"]["height"], rows["layer3"]["channels"], rows["layer3"]["layout"]) == ("4", "192", "NCHW")
     assert "exists" in fails(capsys, "layers", *host, "--out", file)
+    assert "is a folder; --out names the CSV file" in fails(
+        capsys, "layers", *host, "--out", file.parent, "--overwrite"
+    )
 
 
 def test_fit_saves_a_bottleneck_and_does_not_replace_one(bottleneck, host, pictures, capsys):
@@ -172,9 +178,36 @@ def test_fit_resumes_only_what_was_interrupted(host, pictures, tmp_path, capsys)
     options += ["--out", tmp_path / "ib"]
     assert "nothing to resume" in fails(capsys, "fit", *host, *options, "--resume")
     (tmp_path / "ib.checkpoint").mkdir()
+    (tmp_path / "ib.checkpoint" / "epoch90.pth").write_text("years of work")
+    assert "holds other files (epoch90.pth)" in fails(capsys, "fit", *host, *options, "--overwrite")
+    (tmp_path / "ib.checkpoint" / "epoch90.pth").unlink()
     assert "--resume continues it, --overwrite starts again" in fails(capsys, "fit", *host, *options)
     assert main([str(word) for word in ["fit", *host, *options, "--overwrite"]]) == 0
     assert (tmp_path / "ib" / "bottleneck.safetensors").is_file() and not (tmp_path / "ib.checkpoint").exists()
+
+
+def test_a_fit_that_was_to_overwrite_is_resumed(bottleneck, host, pictures, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "ib"
+    shutil.copytree(bottleneck, out)
+    words = ["fit", *host, "--data", pictures, "--split", "train", "--steps", 3, "--batch-size", 4, "--workers", 0]
+    words = [str(word) for word in [*words, "--out", out]]
+    done = Trainer.step
+
+    def stops(self, *batch):
+        if self.step_number == 2:
+            raise KeyboardInterrupt
+        done(self, *batch)
+
+    monkeypatch.setattr(Trainer, "step", stops)
+    monkeypatch.setattr(IBAttention.fit, "__kwdefaults__", {**IBAttention.fit.__kwdefaults__, "every": 1})
+    assert main([*words, "--overwrite"]) == 1
+    assert "the same command with --resume" in capsys.readouterr().err
+    monkeypatch.setattr(Trainer, "step", done)
+    assert main([*words, "--resume"]) == 0
+    assert json.loads((out / "config.json").read_text())["record"]["settings"]["steps"] == 3
+    (out / "notes.md").write_text("mine")
+    capsys.readouterr()
+    assert "holds other files (notes.md); name another folder" in fails(capsys, *words, "--overwrite")
 
 
 def test_attribute_does_the_readable_images_and_names_the_others(bottleneck, host, pictures, tmp_path, capsys):
@@ -211,6 +244,39 @@ def test_attribute_continues_the_same_command_and_refuses_another(host, pictures
     assert main([*words, "--target", "2", "--overwrite"]) == 0
     with np.load(out / "0.npz") as raw:
         assert raw["target"] == 2 and raw["unit"] == "gradient x feature" and np.isnan(raw["bits"])
+
+
+def test_attribute_knows_a_picture_by_its_content(host, pictures, tmp_path, capsys):
+    words = ["attribute", *host, "--method", "grad_cam", "--out", str(tmp_path / "maps"), "--workers", "0"]
+    one, other = (str(pictures / "train" / name / "0.png") for name in "ab")
+    assert main([*words, one]) == 0 and main([*words, one]) == 0
+    assert "1 maps, 1 of them from before" in capsys.readouterr().out
+    assert main([*words, other]) == 0  # of the same name
+    assert "from before" not in capsys.readouterr().out
+    with np.load(tmp_path / "maps" / "0.npz") as raw:
+        assert raw["image"] == other
+
+
+def test_attribute_overwrites_its_own_maps_only(host, pictures, tmp_path, capsys):
+    out = tmp_path / "project"
+    (out / "data").mkdir(parents=True)
+    (out / "run.json").write_text('{"experiment": 1}')
+    np.savez(out / "data" / "features.npz", map=np.zeros(3))
+    words = ["attribute", *host, str(pictures / "train" / "a"), "--method", "grad_cam", "--out", str(out)]
+    words += ["--workers", "0"]
+    assert "holds other files" in fails(capsys, *words)
+    assert main([*words, "--overwrite", "--limit", "2"]) == 0
+    assert main([*words, "--overwrite", "--limit", "1"]) == 0
+    assert (out / "0.npz").is_file() and not (out / "1.npz").exists() and (out / "data" / "features.npz").is_file()
+
+
+def test_attribute_does_not_read_its_own_pictures(host, pictures, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(pictures / "train" / "a", folder)
+    words = ["attribute", *host, str(folder), "--method", "grad_cam", "--out", str(folder / "maps"), "--workers", "0"]
+    assert main(words) == 0 and main(words) == 0
+    assert sorted(path.name for path in (folder / "maps").glob("*.npz")) == ["0.npz", "1.npz"]
+    assert not (folder / "maps" / "maps").exists()
 
 
 def test_attribute_leaves_a_folder_of_other_things_alone(host, pictures, capsys):
@@ -262,9 +328,10 @@ def test_names_are_unique_and_stay_below_the_folder():
         ("b/x.jpg", "x.jpg"),
         ("c/x.jpg", "x.jpg"),
         ("s/y.jpg", "s/y.jpg"),
+        ("sheet.jpg", "sheet.jpg"),
     ]
     names = plan_names([(Path(path), Path(below)) for path, below in sources])
-    assert names == ["x", "x-png", "x-jpg", "x-2", "s/y"]
+    assert names == ["x", "x-png", "x-jpg", "x-2", "s/y", "sheet-jpg"]
 
 
 def test_a_model_from_a_local_folder_comes_with_its_weights(tmp_path):

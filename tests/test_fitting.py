@@ -340,8 +340,112 @@ def test_a_checkpoint_of_another_run_is_refused_and_a_crash_between_renames_is_s
     fit(data, steps=4, checkpoint=folder, every=2)
     with pytest.raises(ValueError, match="checkpoint of a fit with steps=4, not 8"):
         fit(data, steps=8, checkpoint=folder, resume=True)
-    folder.rename(tmp_path / "run.old")  # as a crash between the two renames leaves it
+    with pytest.raises(ValueError, match="the checkpoint of a fit with batch_size=8, not 4"):
+        fit(batches(size=4), steps=4, checkpoint=folder, resume=True)
+    other, another = tiny(seed=1), tiny()
+    another.fc = torch.nn.Linear(another.fc.in_features, 9)
+    for host, what in ((other, "to a host with other weights"), (another, "to another architecture")):
+        with pytest.raises(ValueError, match=f"is the checkpoint of a fit {what}"):
+            IBAttention(host, "stages.1").fit(data, steps=4, checkpoint=folder, resume=True)
+    folder.rename(tmp_path / ".run.set-aside")  # as a crash between the two renames leaves it
     assert_equal(weights(fit(data, steps=4, checkpoint=folder, resume=True)), weights(fit(data, steps=4)))
+
+
+def test_a_run_folder_that_is_no_checkpoint(tmp_path):
+    data, folder = batches(), tmp_path / "run"
+    fit(data, steps=4).save(folder)
+    with pytest.raises(ValueError, match="is no checkpoint of a fit, or damaged: its config.json has no whole 'run'"):
+        fit(data, steps=4, checkpoint=folder, resume=True)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "generator"])
+def test_resuming_ends_at_the_weights_of_an_uninterrupted_run(tmp_path, kind):
+    """Also with what has a state of its own: a gradient scaler, a loader's generator."""
+    options = {"precision": "fp16"} if kind == "fp16" else {}
+
+    def loader():
+        data = TensorDataset(images(40))
+        return DataLoader(data, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(5))
+
+    class Stopped(Exception):
+        pass
+
+    def stopping(count):
+        for seen, batch in enumerate(loader()):
+            if seen == count:
+                raise Stopped
+            yield batch
+
+    class Stops:
+        def __init__(self):
+            self.epochs = 0
+            self.generator = loader().generator
+
+        def __iter__(self):
+            self.epochs += 1
+            source = DataLoader(TensorDataset(images(40)), batch_size=8, shuffle=True, generator=self.generator)
+            for seen, batch in enumerate(source):
+                if self.epochs == 4 and seen == 3:  # places, statistics, and an epoch of training before
+                    raise Stopped
+                yield batch
+
+    whole = fit(loader(), steps=11, **options)
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped):
+        fit(Stops(), steps=11, checkpoint=folder, every=2, **options)
+    resumed = fit(loader(), steps=11, checkpoint=folder, every=2, resume=True, **options)
+    assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+def test_an_error_puts_the_random_state_back_at_once():
+    host, before = tiny(), torch.get_rng_state()
+    loader = DataLoader(TensorDataset(images(16)), batch_size=4, shuffle=True)
+    runs = []
+
+    def breaks(*_):
+        runs.append(1)
+        if len(runs) == 40:
+            raise ArithmeticError
+
+    host.register_forward_hook(breaks)
+    try:
+        IBAttention(host, "stages.1").fit(loader, steps=50, show_progress=False)
+    except ArithmeticError:  # the traceback, which holds what was open, is still there
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(123)
+    expected = torch.Generator().manual_seed(123)
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=expected))
+
+
+def test_accelerate_is_left_to_the_user():
+    code = """
+        from accelerate import Accelerator
+        from ib_explain.ib import IBAttention
+        from tests.models import images, tiny
+
+        IBAttention(tiny(), "stages.1").fit([images(4)], steps=2, show_progress=False)
+        assert Accelerator(mixed_precision="bf16", cpu=True).mixed_precision == "bf16"
+        IBAttention(tiny(), "stages.1").fit([images(4)], steps=2, show_progress=False)
+        assert Accelerator(cpu=True).mixed_precision == "bf16"
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_host_of_one_class_is_refused():
+    class Single(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.host = tiny()
+
+        def forward(self, x):
+            return self.host(x)[:, :1]
+
+    for use in (lambda ib: ib.attribute(images(2)), lambda ib: ib.fit([images(4)], steps=2, show_progress=False)):
+        with pytest.raises(ValueError, match=r"at least 2 classes, got 1; wrap a single logit z as torch.cat"):
+            use(IBAttention(Single(), "host.stages.1"))
 
 
 TWO = """

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -122,6 +123,15 @@ class TestMaps:
         assert torch.equal(first, ibx.attribute(host, x, steps=3))
         assert not torch.equal(first, ibx.attribute(host, x, steps=3, seed=1))
 
+    def test_another_size_is_probed_once(self, cnn):
+        ib, host = cnn
+        ran = []
+        ib.attribute(images(2, size=40))
+        handle = host.register_forward_hook(lambda _m, inputs, _o: ran.append(len(inputs[0])))
+        ib.attribute(images(2, size=40))
+        handle.remove()
+        assert ran == [2]
+
     def test_other_input_sizes_work_with_statistics_per_channel(self, cnn):
         heat = cnn[0].attribute(images(2, size=32))
         assert heat.shape == (2, 1, 32, 32) and torch.isfinite(heat).all()
@@ -193,8 +203,15 @@ class TestRestrict:
         assert torch.equal(closed[0], closed[1])
 
     def test_attention_outside_the_unit_interval(self, cnn):
-        with pytest.raises(ValueError, match=r"in \[0, 1\]"), cnn[0].restrict(1.5) as restricted:
-            restricted(images(2))
+        for bad, got in (
+            (1.5, "1.5"),
+            (-0.1, "-0.1"),
+            (torch.nan, "nan"),
+            (torch.ones(2, 1, 3, 3), r"\(2, 1, 3, 3\), 1 to 1"),
+        ):
+            expected = rf"attention must be a number or \(2, 1, \d+, \d+\), in \[0, 1\], got {got}"
+            with pytest.raises(ValueError, match=expected), cnn[0].restrict(bad) as restricted:
+                restricted(images(2))
 
 
 class TestHostStaysAsItWas:
@@ -243,6 +260,33 @@ class TestHostStaysAsItWas:
             ib.fit(data(), steps=3, show_progress=False)
         assert ib.record is record and ib.site is site
         assert torch.equal(ib.attribute(images(2)), maps)
+
+    def test_under_inference_mode(self, cnn):
+        ib, host = cnn
+        x = images(2)
+        expected, own, data = ib.attribute(x), ib.information(x), [images(4)]
+        with torch.inference_mode():
+            assert torch.equal(ib.attribute(x), expected) and torch.equal(ib.information(x), own)
+            fresh = IBAttention(host, "stages.1").fit(data, steps=2, show_progress=False)
+        again = IBAttention(host, "stages.1").fit(data, steps=2, show_progress=False)
+        assert torch.equal(fresh.attribute(x), again.attribute(x))
+
+    def test_in_several_threads(self, cnn):
+        ib, host = cnn
+        x, before = images(2), facts(host)
+        expected = ib.attribute(x)
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda _: ib.attribute(x), range(9)))
+        assert all(torch.equal(maps, expected) for maps in found)
+        assert_same(before, facts(host))
+
+    def test_changed_weights_change_an_unfitted_map(self):
+        host = tiny()
+        ib = IBAttention(host, "stages.1")
+        ib.attribute(images(2))
+        with torch.no_grad():
+            host.stem.weight.mul_(3)
+        assert torch.equal(ib.attribute(images(2)), IBAttention(host, "stages.1").attribute(images(2)))
 
     def test_under_no_grad_and_with_gradients_of_others(self, cnn):
         ib, host = cnn
@@ -410,6 +454,22 @@ class TestBadInput:
             cnn[0].attribute(images(2), output="bit")
         with pytest.raises(ValueError, match="refine must be an integer >= 0, got -1"):
             cnn[0].attribute(images(2), refine=-1)
+        with pytest.raises(ValueError, match=r"refine starts from a fitted attention; .* got refine=5"):
+            IBAttention(tiny()).attribute(images(2), refine=5)
+        for seed in (None, "a", 1.5, True):
+            with pytest.raises(TypeError, match=f"seed must be an integer, got {seed!r}"):
+                IBAttention(tiny(), seed=seed)
+        with pytest.raises(ValueError, match="unknown gate None; .*known: gaussian"):
+            IBAttention(tiny(), gate=None)
+        with pytest.raises(IndexError, match="target class 1180591620717411303424 is out of range"):
+            cnn[0].attribute(images(2), target=2**70)
+        with pytest.raises(TypeError, match="inputs must be a torch.Tensor of shape .* got NoneType"):
+            cnn[0].attribute(None)
+        with (
+            cnn[0].restrict() as restricted,
+            pytest.raises(TypeError, match="the restricted model with its images first"),
+        ):
+            restricted(x=images(2))
         with pytest.raises(TypeError, match=r"no option 'step'; did you mean 'steps'"):
             ibx.attribute(host, images(2), step=3)
         with pytest.raises(ValueError, match="steps must be"):
@@ -418,6 +478,11 @@ class TestBadInput:
             ibx.attribute(host, images(2), method="gradcam")
         with pytest.raises(ValueError, match="anchors must be 0"):
             IBAttention(host, anchors=1)
+
+    def test_numbers_of_numpy(self, tmp_path):
+        ib = IBAttention(tiny(), "stages.1", seed=np.int64(3), anchors=np.int64(4))
+        ib.fit([images(4)], steps=np.int64(2), beta=np.float32(0.1), show_progress=False).save(tmp_path / "ib")
+        assert IBAttention.load(tmp_path / "ib", ib.host).anchors == 4
 
     def test_no_module_and_scripted_module(self):
         with pytest.raises(TypeError, match="must be a torch.nn.Module, got function"):

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ib_explain.files import current_folder, replace_file, replace_folder
 from ib_explain.ib import IBAttention
@@ -129,12 +130,61 @@ def test_replace_file_and_folder_are_all_or_nothing(tmp_path):
         temporary.write_text("two")
         raise RuntimeError
     assert target.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-    with replace_folder(tmp_path / "f") as folder:
+    with replace_folder(tmp_path / "f", ["x"]) as folder:
         (folder / "x").write_text("1")
-    with replace_folder(tmp_path / "f") as folder:
+    with replace_folder(tmp_path / "f", ["x"]) as folder:
         (folder / "y").write_text("2")
     assert [p.name for p in (tmp_path / "f").iterdir()] == ["y"]
     assert current_folder(tmp_path / "f") == tmp_path / "f" and current_folder(tmp_path / "none") is None
+
+
+def test_nothing_of_the_users_is_replaced(saved, tmp_path):
+    project, backup = tmp_path / "project", tmp_path / "project.old"
+    for folder in (project, backup):
+        (folder / "sub").mkdir(parents=True)
+        (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"project holds other files \(sub\); name another folder"):
+        saved[0].save(project)
+    with pytest.raises(FileExistsError, match="holds other files"):
+        IBAttention(tiny()).fit([images(4)], steps=2, checkpoint=project, every=1, show_progress=False)
+    saved[0].save(tmp_path / "ib")
+    saved[0].save(tmp_path / "ib")
+    (tmp_path / "ib" / "notes.md").write_text("mine")
+    with pytest.raises(FileExistsError, match="notes.md"):
+        saved[0].save(tmp_path / "ib")
+    with pytest.raises(FileExistsError, match="is no folder; name another one"):
+        saved[0].save(tmp_path / "ib" / "notes.md")
+    assert all((folder / "thesis.tex").read_text() == "years of work" for folder in (project, backup))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ib", "project", "project.old"]
+
+
+@pytest.mark.parametrize("key", ["host", "layer", "input_size", "layout", "gate"])
+def test_a_config_that_lacks_something(saved, tmp_path, key):
+    saved[0].save(tmp_path / "ib")
+    config = json.loads((tmp_path / "ib" / "config.json").read_text())
+    del config[key]
+    (tmp_path / "ib" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"is damaged: its config.json has no '{key}'"):
+        IBAttention.load(tmp_path / "ib", tiny())
+
+
+def test_weights_that_are_missing_or_broken(saved, tmp_path):
+    saved[0].save(tmp_path / "ib")
+    file = tmp_path / "ib" / "bottleneck.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if n.startswith("network"))
+    save_file({n: t for n, t in tensors.items() if n != name}, file)
+    with pytest.raises(ValueError, match="does not fit this model: .*Missing key") as caught:
+        IBAttention.load(tmp_path / "ib", tiny())
+    assert "\n" not in str(caught.value)
+    save_file(tensors | {name: tensors[name] * torch.nan}, file)
+    with pytest.raises(ValueError, match=f"{name} in bottleneck.safetensors has NaN"):
+        IBAttention.load(tmp_path / "ib", tiny())
+
+
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(saved):
+    with pytest.raises(FileNotFoundError, match="missing is no saved bottleneck: it has no config.json"):
+        IBAttention.from_pretrained("./missing", tiny())
 
 
 def test_the_fingerprint_sees_a_changed_weight():

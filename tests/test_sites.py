@@ -340,8 +340,23 @@ class TestDefaultLayer:
         model = make(TinyCNN)
         with torch.no_grad():
             model.fc.weight.zero_()  # nothing reaches the logits
-        with pytest.raises(ValueError, match=r"expected leak <= 0.05, .*, got nan, .* and 0.00 at '.*'; name a layer"):
+        with pytest.raises(ValueError, match=r"its logits are the same for all images, .*; name a layer"):
             default_layer(model, SIZE)
+
+    def test_a_host_without_gradients_is_told(self) -> None:
+        class Closed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = make(TinyCNN)
+
+            def forward(self, x: Tensor) -> Tensor:
+                with torch.no_grad():
+                    return self.inner(x)
+
+        with pytest.raises(ValueError, match="no gradient of the logits reaches the images; does its forward"):
+            default_layer(Closed(), SIZE)
+        with pytest.raises(ValueError, match="no gradient of the logits reaches the grid of layer 'inner.stages.1'"):
+            IBAttention(Closed(), "inner.stages.1").attribute(torch.randn(1, *SIZE))
 
 
 class TestResolve:

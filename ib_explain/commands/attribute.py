@@ -53,15 +53,16 @@ def run(args: argparse.Namespace) -> int:
     """Make the maps that are not there yet. Images that cannot be read are named and skipped; the code is then 2."""
     unit, fitted_size = _check(args)
     problems: list[str] = []
-    pictures, below = _pictures(args, problems)
+    out = args.out or Path(f"{plain_name(args.model)}-maps")
+    pictures, below = _pictures(args, out, problems)
     host, size = load_with_size(args, fitted_size)
     fitted = None if args.bottleneck is None else IBAttention.load(args.bottleneck, host)
-    out = args.out or Path(f"{plain_name(args.model)}-maps")
     folder = MapFolder(out, _command(args, host, size), overwrite=args.overwrite)
     folders = class_folders(pictures) or ((fitted.record or {}).get("class_folders") if fitted else None)
     classes = class_names(host, imagenet=has_timm_weights(args), folders=folders)
     names, reader = plan_names(below), _Reader(pictures, preprocess_for(host, size))
-    todo = [i for i, name in enumerate(names) if not folder.holds(name)]
+    digests = [_digest(path) for path, _ in below]
+    todo = [i for i, name in enumerate(names) if not folder.holds(name, digests[i])]
 
     with Progress(len(todo), "attribute", show=len(todo) > 1) as progress:
         loader = DataLoader(reader, args.batch_size, sampler=todo, num_workers=args.workers, collate_fn=list)
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
                 index = int(target[row])
                 facts = {
                     "image": str(below[item.place][0]),
+                    "digest": digests[item.place],
                     "unit": unit,
                     "bits": float(maps[row].sum()) if in_bits(unit) else math.nan,
                     "target": index,
@@ -101,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
                 folder.add(names[item.place], maps[row], facts, figure)
                 progress.step()
 
-    done = [i for i, name in enumerate(names) if folder.holds(name)]
+    done = [i for i, name in enumerate(names) if folder.holds(name, digests[i])]
     rows = folder.finish([names[i] for i in done])
     if len(done) > 1:
         _draw_sheet(folder, host, reader, done[:SHEET_IMAGES], names, unit)
@@ -163,7 +165,7 @@ def _check(args: argparse.Namespace) -> tuple[str, tuple[int, int, int] | None]:
     return OUTPUTS[args.output], (channels, height, width)
 
 
-def _pictures(args: argparse.Namespace, problems: list[str]) -> tuple[Pictures, list[tuple[Path, Path]]]:
+def _pictures(args: argparse.Namespace, out: Path, problems: list[str]) -> tuple[Pictures, list[tuple[Path, Path]]]:
     """The pictures to explain and, for each, its path and its path below what the user named.
 
     Raises:
@@ -178,7 +180,7 @@ def _pictures(args: argparse.Namespace, problems: list[str]) -> tuple[Pictures, 
     found: list[tuple[Path, Path]] = []
     for given in args.images:
         if given.is_dir():
-            below = [(path, path.relative_to(given)) for path in _all_below(given)]
+            below = [(path, path.relative_to(given)) for path in _all_below(given, out)]
             if not below:
                 _complain(f"no images in {given} or below", problems)
             found += below
@@ -192,10 +194,17 @@ def _pictures(args: argparse.Namespace, problems: list[str]) -> tuple[Pictures, 
     return ImageFiles([path for path, _ in found]), found
 
 
-def _all_below(folder: Path) -> list[Path]:
+def _digest(path: Path) -> str:
+    """Of a picture's bytes; of its name where it lies in an archive."""
+    content = path.read_bytes() if path.is_file() else str(path).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _all_below(folder: Path, out: Path) -> list[Path]:
+    """Pictures in a folder and below, but for those that an earlier run put into `out`."""
     found: list[Path] = []
     for directory, folders, _files in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if (Path(directory) / name).resolve() != out.resolve())
         with contextlib.suppress(ValueError):  # a folder without pictures of its own
             found += list_images(directory)
     return found

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import time
 from pathlib import Path
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from ib_explain.checkpoints import CHECKPOINT_FILES
 from ib_explain.commands.common import (
     check_data,
     class_folders,
@@ -20,7 +20,9 @@ from ib_explain.commands.common import (
     times,
 )
 from ib_explain.data.images import open_dataset
+from ib_explain.files import check_replaceable, remove_folder
 from ib_explain.ib import IBAttention
+from ib_explain.io import FILES
 
 __all__ = ["run"]
 
@@ -64,16 +66,18 @@ def run(args: argparse.Namespace) -> int:
         assert ib.record is not None
         ib.record["class_folders"] = class_folders(data)  # `attribute` shows them as the names of the classes
         ib.save(out)
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        remove_folder(checkpoint, CHECKPOINT_FILES)
         print(_findings(args.model, ib, out, time.monotonic() - started))
     return 0
 
 
 def _check_folders(out: Path, checkpoint: Path, *, resume: bool, overwrite: bool) -> None:
+    check_replaceable(out, FILES)
+    check_replaceable(checkpoint, CHECKPOINT_FILES)
     if overwrite:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        remove_folder(checkpoint, CHECKPOINT_FILES)
         return
-    if out.exists():
+    if out.exists() and not (resume and checkpoint.exists()):  # a fit to overwrite it may have been interrupted
         raise ValueError(f"{out} exists; name another --out or --overwrite")
     if checkpoint.exists() and not resume:
         raise ValueError(f"{checkpoint} is of an interrupted fit; --resume continues it, --overwrite starts again")

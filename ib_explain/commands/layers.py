@@ -17,12 +17,16 @@ COLUMNS = ("layer", "layout", "height", "width", "channels", "depth", "leak", "e
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, and write it as CSV if asked to."""
+    if args.out is not None and args.out.is_dir():
+        raise ValueError(f"{args.out} is a folder; --out names the CSV file")
     if args.out is not None and args.out.exists() and not args.overwrite:
         raise ValueError(f"{args.out} exists; name another --out or --overwrite")
     host, size = load_with_size(args)
     note(f"probing {args.model} at {times(size)} ...")
     found = sites(host, size) if args.layer is None else [resolve_site(host, args.layer, size)]
     default = default_layer(host, size) if any(site.usable for site in found) else None
+    if not found:
+        default_layer(host, size)  # which says why there is none
     print(table(found, default))
     if args.out is not None:
         with replace_file(args.out) as file, file.open("w", newline="", encoding="utf-8") as stream:

@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 __all__ = ["MapFolder", "plan_names"]
 
 RUN, TABLE = "run.json", "maps.csv"
+MADE_BY = {"made by": "ib-explain attribute"}  # tells our run.json from others
+RESERVED = ("sheet",)  # the contact sheet's
 
 
 class MapFolder:
     """NAME.png and NAME.npz for each image, `maps.csv` with a line an image, `run.json` with what made them.
 
     An .npz holds `map` (H, W) float32 at the host's input resolution and the facts about it: `image` (its path),
-    `unit`, `bits` (the map's sum; NaN where the unit is another), `target` (class index), `target_name` ("" if
-    unknown), `probability` of that class, `label` (-1 if unknown).
+    `digest` (of the file's bytes), `unit`, `bits` (the map's sum; NaN where the unit is another), `target` (class
+    index), `target_name` ("" if unknown), `probability` of that class, `label` (-1 if unknown).
 
     Args:
         path: of the folder; made with the first map.
@@ -53,15 +55,16 @@ class MapFolder:
             raise ValueError(f"{self.path} holds other files; name another --out, or --overwrite to write among them")
         self.command = command
 
-    def holds(self, name: str) -> bool:
-        """Whether this image is done."""
-        return self._raw(name).is_file() and self._picture(name).is_file()
+    def holds(self, name: str, digest: str) -> bool:
+        """Whether this image is done: there may be the map of another one of that name."""
+        there = self._raw(name).is_file() and self._picture(name).is_file()
+        return there and self.read(name)[0].get("digest") == digest
 
     def add(self, name: str, heat: Tensor, facts: dict[str, Any], figure: Figure) -> None:
         """Write one image's picture and its raw map (1, H, W); with the first one, what made them."""
         if self._command() != self.command:
             with replace_file(self.path / RUN) as file:
-                file.write_text(json.dumps(self.command, indent=2) + "\n", encoding="utf-8")
+                file.write_text(json.dumps({**MADE_BY, **self.command}, indent=2) + "\n", encoding="utf-8")
         with replace_file(self._picture(name)) as file:
             figure.savefig(file)
         with replace_file(self._raw(name)) as file:
@@ -96,13 +99,18 @@ class MapFolder:
             found = json.loads((self.path / RUN).read_text(encoding="utf-8"))
         except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
             return None
-        return found if isinstance(found, dict) else None
+        if not isinstance(found, dict) or found.items() & MADE_BY.items() != MADE_BY.items():
+            return None
+        return {key: value for key, value in found.items() if key not in MADE_BY}
 
     def _remove_maps(self) -> None:
         """Remove the pairs of picture and raw map; other files stay."""
         for raw in self.path.rglob("*.npz"):
-            raw.with_suffix(".png").unlink(missing_ok=True)
-            raw.unlink()
+            with np.load(raw) as held:
+                ours = set(held.files) >= {"map", "image", "digest", "unit", "target"}
+            if ours:
+                raw.with_suffix(".png").unlink(missing_ok=True)
+                raw.unlink()
 
 
 def plan_names(sources: Sequence[tuple[Path, Path]]) -> list[str]:
@@ -114,7 +122,7 @@ def plan_names(sources: Sequence[tuple[Path, Path]]) -> list[str]:
     Args:
         sources: (path, path below the folder that was given) of each image.
     """
-    taken: dict[str, None] = {}  # an ordered set
+    taken: dict[str, None] = dict.fromkeys(RESERVED)  # an ordered set
     for path, below in sources:
         plain = below.with_suffix("").as_posix().replace("../", "").lstrip("/")
         name, number = plain, 1
@@ -122,4 +130,4 @@ def plan_names(sources: Sequence[tuple[Path, Path]]) -> list[str]:
             name = f"{plain}-{path.suffix[1:]}" if number == 1 else f"{plain}-{number}"
             number += 1
         taken[name] = None
-    return list(taken)
+    return list(taken)[len(RESERVED) :]

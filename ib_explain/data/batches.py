@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ib_explain.data.images import images_of
@@ -25,9 +27,10 @@ class Share:
 class Batches:
     """Reads `data` epoch after epoch; what the n-th step sees depends on the seed and n alone.
 
-    The order of a shuffling DataLoader and of random augmentations in its own process follows from the seed and the
-    epoch, so that a resumed run sees what an uninterrupted one would have seen. With several processes, step n takes
-    batch n * world + rank; of a plain DataLoader over a data set the others are not read.
+    The order of a shuffling DataLoader and of random augmentations follows from the seed and the epoch, so that a
+    resumed run sees what an uninterrupted one would have seen; but for augmentations in persistent workers, whose
+    random state nobody can set. With several processes, step n takes batch n * world + rank; of a plain DataLoader over
+    a data set the others are not read.
 
     Args:
         data: an iterable of batches that can be read again (a DataLoader, a list), or once (a generator).
@@ -54,7 +57,7 @@ class Batches:
         dataset: Any = getattr(self.data, "dataset", None)
         return len(dataset) if hasattr(dataset, "__len__") else None
 
-    def __call__(self, skip: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def __call__(self, skip: int = 0) -> Generator[tuple[Tensor, Tensor | None]]:
         """Yield (images, labels) without end, from this process's batch number `skip` on.
 
         Raises:
@@ -74,7 +77,7 @@ class Batches:
                 raise ValueError("data yielded no batch: an empty loader, or fewer batches than processes")
             epoch += 1
 
-    def first(self, images: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def first(self, images: int) -> Generator[tuple[Tensor, Tensor | None]]:
         """Yield this process's batches of the first epoch until all processes together have seen `images` images.
 
         What is read from a one-time iterator is kept and read again by the next call.
@@ -92,7 +95,8 @@ class Batches:
             raise ValueError("data yielded no batch: an empty loader, or fewer batches than processes")
 
     def _epoch(self, epoch: int, *, keep: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
-        with seeded(self.seed * 1_000_003 + epoch):
+        seed = self.seed * 1_000_003 + epoch
+        with seeded(seed), _generator_seeded(getattr(self.data, "generator", None), seed):
             for batch in self._own if self._own is not None else _Dealt(self._read_through(keep), self.share):
                 images, labels = images_of(batch)
                 size = tuple(images.shape[1:])
@@ -108,6 +112,20 @@ class Batches:
             if keep and self._once is not None:
                 self._kept.append(batch)
             yield batch
+
+
+@contextlib.contextmanager
+def _generator_seeded(generator: Any, seed: int) -> Iterator[None]:
+    """Seed a loader's own generator, if it has one, and put its state back at the end."""
+    if not isinstance(generator, torch.Generator):
+        yield
+        return
+    state = generator.get_state()
+    try:
+        generator.manual_seed(seed % 2**63)
+        yield
+    finally:
+        generator.set_state(state)
 
 
 class _Dealt:
