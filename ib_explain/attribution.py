@@ -40,7 +40,7 @@ def attribute(
         target: None for the model's own top-1, an int, a list or a 1-D integer tensor.
         method: a name from `available_methods()`, a fitted `IBAttention`, an object with Captum's
             `attribute(inputs, target=...)`, or a function f(model, x, target) -> (B, 1, H, W) or (B, H, W), or
-            (B, C, H, W), whose channels are summed.
+            (B, C, H, W), whose channels are summed. A coarser grid is upsampled.
         layer: where the method looks; None for its own default.
         batch_size: images at a time; the maps do not depend on it.
         seed: of everything random in the method, also of what a function of yours draws from the global generators.
@@ -102,14 +102,24 @@ def method_runner(method: Any, options: dict[str, Any]) -> Callable[[Call], Any]
         chosen = take_options(options, known, f"{type(method).__name__}.attribute")
         if getattr(method, "resolves_target", False):  # ours: None is the top-1, found in the same pass
             return lambda call: take(call.x, target=call.target, **chosen)
-        return lambda call: take(call.x, target=call.classes(), **chosen)
+
+        def explain(call: Call) -> Any:
+            x, classes = _copies(call)
+            return take(x, target=classes, **chosen)
+
+        return explain
     if callable(method):
         take_options(options, [], "a function")
-        return lambda call: method(call.model, call.x, call.classes())
+        return lambda call: method(call.model, *_copies(call))
     raise TypeError(
         "method must be a name, a fitted IBAttention, an object with attribute(inputs, target=...) or a function "
         f"f(model, x, target), got {type(method).__name__}"
     )
+
+
+def _copies(call: Call) -> tuple[Tensor, Tensor]:
+    """Images and classes that code of the user's may write into."""
+    return call.x.detach().clone(), call.classes().clone()
 
 
 def check_host(method: Any, model: nn.Module) -> None:
@@ -143,7 +153,7 @@ def as_maps(maps: Any, x: Tensor) -> Tensor:
 
     Raises:
         TypeError: it is no tensor.
-        ValueError: not one map an image, or NaN or infinite values.
+        ValueError: not one map an image, other channels or proportions than the image's, NaN or infinite values.
     """
     if isinstance(maps, tuple) and len(maps) == 1:
         maps = maps[0]
@@ -155,6 +165,11 @@ def as_maps(maps: Any, x: Tensor) -> Tensor:
         maps = maps[:, None]
     if maps.ndim != 4 or maps.shape[0] != x.shape[0]:
         raise ValueError(f"the method must return one map for each of the {len(x)} images, got {tuple(maps.shape)}")
+    (height, width), (rows, columns) = x.shape[2:], maps.shape[2:]
+    alike = abs(rows / height - columns / width) <= max(1 / height, 1 / width)  # a grid of the image's proportions
+    if maps.shape[1] not in (1, x.shape[1]) or not alike:
+        wanted = f"(B, 1, {height}, {width}), a coarser grid of these proportions or {x.shape[1]} channels"
+        raise ValueError(f"the method must return {wanted}, got {tuple(maps.shape)}")
     maps = maps.detach().to(x.device, torch.float32).sum(dim=1, keepdim=True)
     if maps.shape[2:] != x.shape[2:]:
         from ib_explain.maps import resize

@@ -17,7 +17,7 @@ from ib_explain.checks import check_positive_int, did_you_mean
 from ib_explain.contenders import contenders_of
 from ib_explain.fitting import launched
 from ib_explain.gallery import draw_pictures
-from ib_explain.hooks import frozen, host_device, module_name, run_host
+from ib_explain.hooks import find_module, frozen, host_device, module_name, run_host
 from ib_explain.io import host_facts, versions
 from ib_explain.leaderboard import Leaderboard
 from ib_explain.measuring import Measure, on_host
@@ -81,7 +81,7 @@ def benchmark(
         show_progress: a bar with the time left on a terminal, lines in a pipe.
 
     Returns:
-        The standings, with pictures; the same on every process.
+        The standings, the same on every process; the pictures are the first one's.
 
     Raises:
         TypeError, ValueError: in one line, before anything is computed: unknown or unfit methods, metrics, options; no
@@ -102,6 +102,8 @@ def benchmark(
         source = Source(data, images=images, names=names, seed=seed)
         _check_needs(chosen, source)
         classes = _check_host(host, source.first)
+        if layer is not None:
+            layer = module_name(host, layer if isinstance(layer, nn.Module) else find_module(host, layer))
         if target == "label" and source.first.labels is None:
             raise ValueError("target='label' needs labels, which the data does not have")
         settings = {
@@ -109,7 +111,7 @@ def benchmark(
             "data": source.facts() | ({"name": data_name} if data_name else {}),
             "target": target,
             "seed": seed,
-            **({} if layer is None else {"layer": layer if isinstance(layer, str) else module_name(host, layer)}),
+            **({} if layer is None else {"layer": layer}),
             "methods": {contender.name: contender.facts for contender in contenders},
             "metrics": {metric.name: _facts(metric) for metric in chosen},
         }
@@ -136,6 +138,8 @@ def benchmark(
         _run(measure, source, store, accelerator, show_progress)
         board = Leaderboard.of(store, reference=reference)
         if accelerator.is_main_process:
+            if out is not None:
+                board.save(out)  # a drawing that fails must not cost the tables
             pictures = draw_pictures(board, source, contenders, measure.maps_of, model)
             board = replace(board, pictures=pictures)
             if out is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -13,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.attribution import as_maps, check_host, method_runner
-from ib_explain.hooks import frozen, module_name, unwrap
+from ib_explain.hooks import find_module, frozen, module_name, unwrap
 from ib_explain.ib import OUTPUTS, IBAttention
 from ib_explain.methods import METHODS
 from ib_explain.methods.base import Call, NotApplicable
 from ib_explain.methods.ib import PerImageIB
 from ib_explain.randomness import seeded
+from ib_explain.rows import one_line
 
 __all__ = ["Contender", "contenders_of"]
 
@@ -114,11 +117,15 @@ def _contender(name: Any, given: Any, model: nn.Module) -> Contender:
     run = method_runner(method, options)
     facts = _facts(method, run, options, model)
     label, told = _called(method), {key: value for key, value in options.items() if _is_short(value)}
+    if isinstance(layer, str):
+        find_module(unwrap(model), layer)
     if layer is not None:
         facts["layer"] = told["layer"] = layer if isinstance(layer, str) else module_name(unwrap(model), layer)
     if told:
         label += f"({', '.join(f'{key}={value}' for key, value in told.items())})"
     chosen = label if name is None else str(name)
+    if not chosen or chosen != one_line(chosen):
+        raise ValueError(f"a method's name must be on one line, got {chosen!r}")
     if isinstance(method, IBAttention):
         unit = OUTPUTS.get(options.get("output", "bits"))
     else:
@@ -159,10 +166,30 @@ def _facts(method: Any, run: Any, options: Mapping[str, Any], model: nn.Module) 
     if is_dataclass(run) and not isinstance(run, type):  # a registered method, or one like it
         held = {field.name: _plain(getattr(run, field.name)) for field in fields(run)}
         return {"method": _called(run), **held}
-    kind = f"{type(method).__module__}.{type(method).__qualname__}"
-    if callable(method) and hasattr(method, "__qualname__"):
-        kind = f"{method.__module__}.{method.__qualname__}"
-    return {"method": kind, **{key: _plain(value) for key, value in options.items()}}
+    return {**_code_facts(method), **{key: _plain(value) for key, value in options.items()}}
+
+
+def _code_facts(method: Any) -> dict[str, Any]:
+    """What tells a function or an object of the user's from another version of it: its source, and what it holds."""
+    if isinstance(method, functools.partial):
+        held = {"args": _plain(method.args), "keywords": _plain(method.keywords)}
+        return {**_code_facts(method.func), **{key: value for key, value in held.items() if value}}
+    own = method if hasattr(method, "__qualname__") else type(method)
+    facts: dict[str, Any] = {"method": f"{own.__module__}.{own.__qualname__}"}
+    with contextlib.suppress(OSError, TypeError):  # no source: built in, compiled, or typed at a bare prompt
+        facts["source"] = hashlib.blake2b(inspect.getsource(own).encode(), digest_size=8).hexdigest()
+    if closure := getattr(method, "__closure__", None):
+        facts["closure"] = [_plain(value) for cell in closure if (value := _content(cell)) is not method]
+    if own is not method and (state := getattr(method, "__dict__", None)):
+        facts["holds"] = {key: _plain(value) for key, value in sorted(state.items())}
+    return facts
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
 
 
 def _plain(value: Any) -> Any:

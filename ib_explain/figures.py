@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["DARK", "LIGHT", "Plot", "Theme", "plots"]
 
 WIDTH = 4.4  # inches: at a phone's width the text stays at about 10 pixels
+LONGEST_LABEL = 32  # characters of a method's name
 TICK_GAP = 0.1  # share of the axes' width between two ticks of the cost axis: room for four digits
 
 
@@ -165,7 +166,8 @@ def _cost_plot(summary: Summary, cost: MetricFacts, quality: MetricFacts, known:
         if not quality.higher_is_better:
             axes.invert_yaxis()
         axes.set_title("better ↑", loc="left", fontsize=8, color=theme.muted)
-        _place_labels(figure, axes, x, y, known, theme)
+        order = np.argsort(~front, kind="stable")  # where there is no room for all names, for those on the front
+        _place_labels(figure, axes, x[order], y[order], [known[i] for i in order], theme)
         return figure
 
     leading = [known[i] for i in np.argsort(x, kind="stable") if front[i]]
@@ -281,7 +283,7 @@ def _style(theme: Theme, place: int) -> tuple[str, Any]:
 
 
 def _place_labels(figure: Figure, axes: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], theme: Theme) -> None:
-    """Write each name beside its point, at the first of a few places where it covers neither name nor point."""
+    """Write names beside their points, each at the first of a few places where it covers neither name nor point."""
     from matplotlib.patheffects import withStroke
 
     places = [
@@ -321,10 +323,9 @@ def _place_labels(figure: Figure, axes: Axes, x: np.ndarray, y: np.ndarray, name
             others = np.delete(points, i, axis=0)
             hit = any(box.padded(3).contains(px, py) for px, py in others) or any(box.overlaps(o) for o in taken)
             if inside and not hit:
+                taken.append(box)
                 break
-            if (dx, dy, across, along) != places[-1]:
-                text.remove()
-        taken.append(box)
+            text.remove()  # without a place the point has no name here; the table has all
 
 
 def _area(curve: CurveSummary) -> float:
@@ -334,7 +335,8 @@ def _area(curve: CurveSummary) -> float:
 
 def _label(name: str) -> str:
     """A method's name as matplotlib shows it literally: $ is no formula, a leading _ hides nothing."""
-    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+    short = name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
+    return (" " if short.startswith("_") else "") + short.replace("$", r"\$")
 
 
 def _slug(name: str) -> str:

@@ -27,7 +27,8 @@ def load_host(
     Args:
         name: timm's name, with or without a tag of its weights ("resnet50", "resnet50.a1_in1k"), or an id with a source
             ("hf-hub:owner/name", "local-dir:PATH"), whose weights are then loaded unless there is a checkpoint.
-        pretrained: load timm's weights, downloading them where they are not cached.
+        pretrained: load timm's weights, downloading them where they are not cached. Without these or a checkpoint's
+            the weights are random, the same ones each time.
         checkpoint: file of a state dict, .safetensors or torch.save's, as timm writes it (averaged weights first).
         num_classes: where it is not the model's own.
         input_size: (H, W); needed here only by models that are built for one size.
@@ -49,7 +50,9 @@ def load_host(
         options["img_size"] = input_size
     weights = pretrained or (from_source and checkpoint is None)
     try:
-        model = timm.create_model(name, pretrained=weights, **options)
+        with torch.random.fork_rng(devices=[]):  # a model without weights is the same in every run
+            torch.default_generator.manual_seed(0)
+            model = timm.create_model(name, pretrained=weights, **options)
     except Exception as error:  # the hub's, the network's and timm's errors have no common base
         raise _as_ours(error, name) from error
     if checkpoint is not None:

@@ -17,6 +17,8 @@ from ib_explain.tables import csv_table, json_summary, markdown_tables, text_tab
 
 __all__ = ["Leaderboard"]
 
+AS_RUN = "as in the run"
+
 
 @dataclass(frozen=True)
 class Leaderboard:
@@ -41,7 +43,7 @@ class Leaderboard:
         cls,
         store: RunStore,
         *,
-        reference: str | None = None,
+        reference: str | None = AS_RUN,
         metrics: Sequence[MetricFacts] | None = None,
         pictures: Pictures | None = None,
     ) -> Leaderboard:
@@ -53,7 +55,7 @@ class Leaderboard:
 
         Args:
             store: the run.
-            reference: the method that others are held against; None is the one that the run's info names, if any.
+            reference: the method that others are held against, None for none; by default that of the run's last start.
             metrics: those to show; None is all that the run's settings name.
             pictures: see the field.
 
@@ -61,19 +63,20 @@ class Leaderboard:
             ValueError: no finished batch, an unknown reference or metric.
         """
         settings, rows = store.run["settings"], store.rows()
+        last = [store.run["info"], *store.run.get("resumed", [])][-1]
         if not rows:
             raise ValueError(f"the run in {store.folder} has no finished batch yet")
         summary = summarise(
             rows,
             metrics or [_facts(name, told) for name, told in settings["metrics"].items()],
-            reference or store.run["info"].get("reference"),
+            last.get("reference") if reference == AS_RUN else reference,
             methods=list(settings["methods"]),
             seed=settings.get("seed", 0),
         )
         return cls(summary, rows, store.curves(), store, pictures or Pictures())
 
     @classmethod
-    def read(cls, folder: str | os.PathLike[str], *, reference: str | None = None) -> Leaderboard:
+    def read(cls, folder: str | os.PathLike[str], *, reference: str | None = AS_RUN) -> Leaderboard:
         """The standings of what `benchmark(..., out=folder)` wrote; neither the model nor the data is needed.
 
         Raises:

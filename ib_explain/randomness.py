@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["check_seed", "generator_of", "seeded"]
+__all__ = ["check_seed", "generator_of", "own_generator_seeded", "seeded"]
 
 
 def check_seed(seed: Any) -> int:
@@ -38,3 +38,18 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])
+
+
+@contextlib.contextmanager
+def own_generator_seeded(loader: Any, seed: int) -> Iterator[None]:
+    """Seed the generator that a DataLoader was given, if it was given one, and put its state back at the end."""
+    generator = getattr(loader, "generator", None)
+    if not isinstance(generator, torch.Generator):
+        yield
+        return
+    state = generator.get_state()
+    try:
+        generator.manual_seed(seed % 2**63)
+        yield
+    finally:
+        generator.set_state(state)

@@ -38,9 +38,11 @@ class Registry(Generic[T]):
         return file
 
     def get(self, name: str) -> T:
-        """Return the entry, or raise a ValueError with the nearest names."""
+        """Return the entry, or raise a ValueError with the nearest names; a TypeError for what is no name."""
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a {self.kind} must be a str, got {name!r}")
         if name not in self._entries:
-            raise ValueError(f"unknown {self.kind} {name!r}{did_you_mean(str(name), self._entries)}")
+            raise ValueError(f"unknown {self.kind} {name!r}{did_you_mean(name, self._entries)}")
         return self._entries[name]
 
     def summaries(self) -> dict[str, str]:

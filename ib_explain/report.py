@@ -142,8 +142,11 @@ def _finding(summary: Summary) -> str:
         return f"{len(summary.methods)} methods, {len(summary.metrics)} metrics; no ranking was possible."
     lead = full[0]
     tied = [m for m in full[1:] if ranks[m].low <= ranks[lead].high]
-    text = f"Best mean rank over {summary.ranked_metrics} metrics: {lead}, {mean_rank_of(summary, lead).value} "
-    text += f"{mean_rank_of(summary, lead).interval}. "
+    over = "1 metric" if summary.ranked_metrics == 1 else f"{summary.ranked_metrics} metrics"
+    shown = mean_rank_of(summary, lead)
+    text = f"Best mean rank over {over}: {lead}, {f'{shown.value} {shown.interval}'.strip()}. "
+    if math.isnan(ranks[lead].low):
+        return text + "From one image nothing can be said on how certain that is."
     if tied:
         return text + f"Its interval overlaps with {_list(tied)}, so that lead is not certain."
     return text + ("No other method's interval overlaps with it." if len(full) > 1 else "")

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +43,7 @@ class RunStore:
     dropped: int = 0
     """Rows of an unfinished batch that were found and dropped when the store was opened."""
     _done: set[int] = field(default_factory=set, repr=False)
+    _whole: dict[int, bool] = field(default_factory=dict, repr=False)
     _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     @classmethod
@@ -132,6 +135,7 @@ class RunStore:
         if curves:
             self._curves_path(batch).parent.mkdir(exist_ok=True)
             write_atomically(self._curves_path(batch), curves_to_npz(curves))
+        self._whole[batch] = True
         path = self._rows_path(self.rank)
         with path.open("ab") as file:
             file.write(rows_to_csv({batch: rows}, head=file.tell() == 0).encode())
@@ -198,8 +202,20 @@ class RunStore:
         found: dict[int, list[Row]] = {}
         for path in sorted(self.folder.glob("rows*.csv")):
             for batch, rows in read_rows(path)[0].items():
-                found.setdefault(batch, rows)
+                if batch in found or not self._curves_whole(batch):
+                    continue
+                found[batch] = rows
         return found
+
+    def _curves_whole(self, batch: int) -> bool:
+        """Whether the curves of a batch, if it has any, can be read; where not, it is not finished."""
+        if batch not in self._whole:
+            path = self._curves_path(batch)
+            try:
+                self._whole[batch] = not path.exists() or bool(read_curves(path))
+            except (EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+                self._whole[batch] = False
+        return self._whole[batch]
 
     def _clean(self) -> None:
         """Take what a killed process left half-written out of this process's file, so that it can be appended to."""
@@ -251,6 +267,8 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         known = run["format"]
+        if known == FORMAT:
+            run["settings"], run["info"], run["resumed"]  # noqa: B018 - that they are there
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a run of ib_explain: {error!r}") from error
     if known != FORMAT:

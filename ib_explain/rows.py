@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["COLUMNS", "STATUSES", "CurveBatch", "Row", "curves_to_npz", "join_curves", "read_curves", "read_rows"]
-__all__ += ["rows_to_csv"]
+__all__ = ["COLUMNS", "STATUSES", "CurveBatch", "Row", "curves_to_npz", "join_curves", "one_line"]
+__all__ += ["read_curves", "read_rows", "rows_to_csv"]
 
 STATUSES = ("ok", "not_applicable", "failed")
 COLUMNS = ("image", "name", "method", "metric", "value", "status", "reason", "batch", "batch_rows")
@@ -50,7 +50,7 @@ class Row:
         if self.image < 0:
             raise ValueError(f"a row's image must be an index >= 0, got {self.image}")
         for kind, text in (("method", self.method), ("metric", self.metric)):
-            if not text or text != _one_line(text):
+            if not text or text != one_line(text):
                 raise ValueError(f"a row's {kind} must be a name on one line, got {text!r}")
         if self.status not in STATUSES:
             raise ValueError(f"a row's status must be one of {', '.join(STATUSES)}, got {self.status!r}")
@@ -59,8 +59,8 @@ class Row:
         set_field = object.__setattr__  # the class is frozen for everybody else
         set_field(self, "image", int(self.image))
         set_field(self, "value", float(self.value))
-        set_field(self, "name", sys.intern(_one_line(self.name)))
-        set_field(self, "reason", sys.intern(_one_line(self.reason)[:LONGEST_REASON]))
+        set_field(self, "name", sys.intern(one_line(self.name)))
+        set_field(self, "reason", sys.intern(one_line(self.reason)[:LONGEST_REASON]))
         set_field(self, "method", sys.intern(str(self.method)))
         set_field(self, "metric", sys.intern(str(self.metric)))
 
@@ -172,7 +172,7 @@ def join_curves(parts: Sequence[CurveBatch]) -> CurveBatch:
     return CurveBatch(first.method, first.metric, images[order], first.fractions, scores[order])
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """Without line breaks and NUL, and encodable: a file name may hold bytes that are no UTF-8."""
     flat = " ".join(str(text).replace("\0", " ").splitlines())
     return flat.encode("utf-8", "backslashreplace").decode()

@@ -95,6 +95,8 @@ def truths_of(parts: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
         if not fits or (value.dtype != torch.bool if kind == "bool" else not value.is_floating_point()):
             came = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name} must be a {kind} tensor {(len(x), 1, *size)}, got {came}")
+        if kind != "bool" and not (torch.isfinite(value) & (value >= 0)).all():
+            raise ValueError(f"{name} must be finite and >= 0")
         truths[name] = value
     if "fixations" in parts:
         fixations = list(parts["fixations"])

@@ -15,7 +15,8 @@ from ib_explain.data.images import images_of
 from ib_explain.data.loaders import has_plan, with_plan
 from ib_explain.data.preprocessing import Preprocess
 from ib_explain.data.synthetic import Synthetic
-from ib_explain.randomness import seeded
+from ib_explain.randomness import generator_of, own_generator_seeded, seeded
+from ib_explain.rows import one_line
 from ib_explain.samples import TRUTHS, ImageBatch, join, parts_of, truths_of
 
 __all__ = ["BATCH", "Source"]
@@ -123,6 +124,12 @@ class Source:
             for part in value if isinstance(value, list) else [] if value is None else [value]:
                 digest.update(part.detach().cpu().contiguous().numpy().tobytes())
         facts["first_batch"] = digest.hexdigest()
+        if isinstance(self.data, Sequence) and self.plan is None:  # all of it is at hand
+            rest = hashlib.blake2b(digest_size=8)
+            for number, raw in enumerate(self.data):
+                flat = parts_of(raw, number)["image"].detach().flatten()
+                rest.update(flat[:: max(1, flat.numel() // 256)].double().cpu().contiguous().numpy().tobytes())
+            facts["batches"] = rest.hexdigest()
         if self.plan is not None:
             names = "\n".join(self._name(i, place) for i, place in enumerate(p for group in self.plan for p in group))
             facts["names"] = hashlib.blake2b(names.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
@@ -152,7 +159,7 @@ class Source:
 
     def _plan(self, loader: DataLoader[Any]) -> list[list[int]]:
         """Places in the data set of each batch's images, cut to as many as are wanted."""
-        with seeded(self.seed):
+        with seeded(self.seed), own_generator_seeded(loader, self.seed):
             plan = [list(group) for group in loader.batch_sampler]  # type: ignore[union-attr]
         total = sum(map(len, plan))
         if self.limit is None or self.limit >= total:
@@ -176,7 +183,10 @@ class Source:
         assert loader is not None
         if isinstance(loader.dataset, Synthetic) and not loader.dataset.pairs:  # the masks, too
             return map(loader.dataset.batch, groups)
-        return with_plan(loader, groups, num_workers=min(loader.num_workers, len(groups)))
+        planned = with_plan(loader, groups, num_workers=min(loader.num_workers, len(groups)))
+        if planned.generator is not None:  # the user's goes on from where it is
+            planned.generator = generator_of(self.seed)
+        return planned
 
     def _read_through(self) -> Generator[ImageBatch, None, None]:
         """All batches; of a one-time iterator the first, which is kept, and those that were not read yet."""
@@ -185,7 +195,8 @@ class Source:
         if self._rest is not None and hasattr(self, "first"):
             yield self.first
             number, done = 1, len(self.first.images)
-        with seeded(self.seed):  # a shuffling loader has the same order whenever it is read
+        # A shuffling loader has the same order whenever it is read.
+        with seeded(self.seed), own_generator_seeded(self.data, self.seed):
             for raw in raw_batches:
                 if self.limit is not None and done >= self.limit:
                     return
@@ -213,10 +224,12 @@ class Source:
                 raise ValueError(f"batch {number} of the data has no {' and no '.join(lacking)}, the first batch has")
         own = parts.get("name") if self.names is None else None
         if own is not None:
-            names = [str(name) for name in own]
+            names = [str(name) for name in ([own] if isinstance(own, str) else own)]
+            if len(names) != len(x):
+                raise ValueError(f"batch {number} of the data must hold {len(x)} names, got {len(names)}")
         else:
             names = [self._name(image, None if places is None else places[row]) for row, image in enumerate(images)]
-        return ImageBatch(number, list(images), names, x, labels, **truths)
+        return ImageBatch(number, list(images), [one_line(name) for name in names], x, labels, **truths)
 
     def _name(self, image: int, place: int | None) -> str:
         if self.names is not None:

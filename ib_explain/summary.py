@@ -37,7 +37,7 @@ class MetricFacts:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the interval around it; NaN bounds where fewer than two images are known."""
+    """A mean and the interval around it; NaN bounds where fewer than two images are known, and for a cost."""
 
     mean: float
     low: float
@@ -76,7 +76,8 @@ class Summary:
     """All that the tables and the report show. Dictionaries are keyed by (method, metric) names."""
 
     methods: tuple[str, ...]
-    """By mean rank; methods that lack a rank in some metric come after those that have all: none gains by failing."""
+    """By mean rank; methods that lack a rank in some metric come after those that have all. Ranks are over images on
+    which none failed that has a value elsewhere: none gains by failing."""
     metrics: tuple[MetricFacts, ...]
     images: int
     reference: str | None
@@ -145,7 +146,8 @@ def summarise(
 
         mean        mean_i v_i(m, k) over the n images where it is defined;    Q_b of the samples' means
         difference  mean_i (v_i(m, k) - v_i(ref, k)) over the images where both are;    Q_b of the same, so it is paired
-        rank        1 + methods with a better mean + half of those with an equal one;    Q_b of the samples' ranks
+        rank        1 + methods with a better mean + half of those with an equal one, over the images on which none of
+                    the methods with a value failed;    Q_b of the samples' ranks
         mean rank   the mean of a method's ranks over metrics;    Q_b of the samples' mean ranks
 
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, sec. 6.2, 13.3.
@@ -178,25 +180,33 @@ def summarise(
     values = _values(rows, methods, names)  # [N, M, K]
     images, shape = values.shape[0], values.shape[1:]
 
-    sides = [values] if reference is None else [values, values - values[:, [methods.index(reference)]]]
+    compared = _without_failures(values, rows, methods, names)
+    sides = [values]
+    if reference is not None:
+        sides.append(values - values[:, [methods.index(reference)]])
+    if compared is not values:
+        sides.append(compared)
     columns = np.concatenate([side.reshape(images, -1) for side in sides], axis=1)
     resampled = resampled_means(columns, resamples=resamples, seed=seed)
     parts = [part.reshape(-1, *shape) for part in np.split(resampled, len(sides), axis=1)]
-    intervals = [_intervals(side, part, confidence) for side, part in zip(sides, parts, strict=True)]
-
-    means = mean_without_nan(values)
-    ranks, rank_samples = np.empty(shape), np.empty(parts[0].shape)
-    for k, facts in enumerate(metrics):
-        ranks[:, k] = average_ranks(means[:, k], higher_is_better=facts.higher_is_better)
-        rank_samples[:, :, k] = average_ranks(parts[0][:, :, k], higher_is_better=facts.higher_is_better)
-    counting = [k for k, f in enumerate(metrics) if f.family != "cost" and (~np.isnan(ranks[:, k])).sum() > 1]
-    mean_ranks = _mean_ranks(methods, ranks[:, counting], rank_samples[:, :, counting], confidence)
-    low, high = percentile_interval(rank_samples, confidence)
-    known = (~np.isnan(values)).sum(axis=0)
-    pairs = [(m, k) for m in range(shape[0]) for k in range(shape[1])]
+    # The cost is that of the method, measured once and filed under some images: they are no sample.
+    sampled = np.array([facts.family != "cost" for facts in metrics])
+    intervals = [_intervals(side, part, confidence, sampled) for side, part in zip(sides, parts, strict=True)]
 
     def keyed(found: dict[tuple[int, int], Interval]) -> dict[tuple[str, str], Interval]:
         return {(methods[m], names[k]): interval for (m, k), interval in found.items()}
+
+    means, ranked = mean_without_nan(compared), parts[0] if compared is values else parts[-1]
+    ranks, rank_samples = np.empty(shape), np.empty(parts[0].shape)
+    for k, facts in enumerate(metrics):
+        ranks[:, k] = average_ranks(means[:, k], higher_is_better=facts.higher_is_better)
+        rank_samples[:, :, k] = average_ranks(ranked[:, :, k], higher_is_better=facts.higher_is_better)
+    counting = [k for k, f in enumerate(metrics) if f.family != "cost" and (~np.isnan(ranks[:, k])).sum() > 1]
+    mean_ranks = _mean_ranks(methods, ranks[:, counting], rank_samples[:, :, counting], confidence, images)
+    low, high = percentile_interval(rank_samples, confidence)
+    known = (~np.isnan(values)).sum(axis=0)
+    low, high = (np.where((known > 1) & sampled, bound, np.nan) for bound in (low, high))
+    pairs = [(m, k) for m in range(shape[0]) for k in range(shape[1])]
 
     def place(method: str) -> tuple[bool, float]:
         rank = mean_ranks[method]
@@ -216,7 +226,7 @@ def summarise(
             {
                 (m, k): Interval(ranks[m, k], low[m, k], high[m, k], int(known[m, k]))
                 for m, k in pairs
-                if known[m, k] > 0
+                if not np.isnan(ranks[m, k])
             }
         ),
         mean_ranks=mean_ranks,
@@ -279,11 +289,28 @@ def _values(rows: Sequence[Row], methods: Sequence[str], metrics: Sequence[str])
     return values
 
 
-def _intervals(values: np.ndarray, resampled: np.ndarray, confidence: float) -> dict[tuple[int, int], Interval]:
-    """(N, M, K) values and (R, M, K) means of their resamples to {(m, k): interval}."""
+def _without_failures(
+    values: np.ndarray, rows: Sequence[Row], methods: Sequence[str], metrics: Sequence[str]
+) -> np.ndarray:
+    """Values without the images on which a method failed that has a value on others: what all can be ranked by."""
+    images = {image: i for i, image in enumerate(sorted({row.image for row in rows}))}
+    method_at, metric_at = ({name: i for i, name in enumerate(names)} for names in (methods, metrics))
+    known = (~np.isnan(values)).any(axis=0)  # [M, K]
+    left_out = np.zeros((values.shape[0], values.shape[2]), dtype=bool)
+    for row in rows:
+        k = metric_at[row.metric]
+        if row.status == "failed" and known[method_at[row.method], k]:
+            left_out[images[row.image], k] = True
+    return np.where(left_out[:, None], np.nan, values) if left_out.any() else values
+
+
+def _intervals(
+    values: np.ndarray, resampled: np.ndarray, confidence: float, sampled: np.ndarray
+) -> dict[tuple[int, int], Interval]:
+    """(N, M, K) values and (R, M, K) means of their resamples to {(m, k): interval}; bounds for `sampled` k alone."""
     means, known = mean_without_nan(values), (~np.isnan(values)).sum(axis=0)
     low, high = percentile_interval(resampled, confidence)
-    low, high = (np.where(known > 1, bound, np.nan) for bound in (low, high))  # one image knows no spread
+    low, high = (np.where((known > 1) & sampled, bound, np.nan) for bound in (low, high))  # one knows no spread
     return {
         (m, k): Interval(float(means[m, k]), float(low[m, k]), float(high[m, k]), int(known[m, k]))
         for m, k in np.ndindex(means.shape)
@@ -291,11 +318,13 @@ def _intervals(values: np.ndarray, resampled: np.ndarray, confidence: float) -> 
 
 
 def _mean_ranks(
-    methods: Sequence[str], ranks: np.ndarray, samples: np.ndarray, confidence: float
+    methods: Sequence[str], ranks: np.ndarray, samples: np.ndarray, confidence: float, images: int
 ) -> dict[str, MeanRank]:
     """(M, K) ranks and (R, M, K) of the resamples to mean ranks."""
     means = mean_without_nan(ranks.T)
     low, high = percentile_interval(mean_without_nan(np.moveaxis(samples, 2, 0)), confidence)
+    if images < 2:
+        low, high = np.full_like(low, np.nan), np.full_like(high, np.nan)
     counts = (~np.isnan(ranks)).sum(axis=1)
     columns = zip(methods, means, low, high, counts, strict=True)
     return {method: MeanRank(float(mean), float(a), float(b), int(n)) for method, mean, a, b, n in columns}

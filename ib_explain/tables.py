@@ -129,8 +129,9 @@ def shown_rank(summary: Summary, method: str, metric: str) -> Shown:
     """A rank with its interval."""
     rank = summary.ranks.get((method, metric))
     if rank is None:
-        return Shown(ABSENT[summary.cells[method, metric].status])
-    return Shown(f"{rank.mean:g}", f"[{rank.low:g}, {rank.high:g}]", "*" if method in summary.best(metric) else "")
+        return Shown(ABSENT.get(summary.cells[method, metric].status, "–"))
+    within = "" if math.isnan(rank.low) else f"[{rank.low:g}, {rank.high:g}]"
+    return Shown(f"{rank.mean:g}", within, "*" if method in summary.best(metric) else "")
 
 
 def shown_mean_rank(summary: Summary, method: str) -> Shown:
@@ -142,7 +143,8 @@ def shown_mean_rank(summary: Summary, method: str) -> Shown:
     partial = rank.metrics < summary.ranked_metrics
     best = not partial and rank.mean == min(complete)
     among = f" in {rank.metrics} of {summary.ranked_metrics}" if partial else ""
-    return Shown(f"{rank.mean:.2f}", f"[{rank.low:.2f}, {rank.high:.2f}]{among}", "*" if best else "")
+    within = "" if math.isnan(rank.low) else f"[{rank.low:.2f}, {rank.high:.2f}]"
+    return Shown(f"{rank.mean:.2f}", f"{within}{among}".strip(), "*" if best else "")
 
 
 def text_table(summary: Summary, *, width: int | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import subprocess
@@ -187,11 +188,52 @@ def test_the_host_and_all_random_numbers_are_handed_back(x):
 # Where it is kept
 
 
+def test_another_version_of_a_function_or_object_is_another_method(host, x, tmp_path):
+    def scaled(model, x, target, k=1.0):
+        return k * x.mean(1)
+
+    def made(k):
+        return lambda model, x, target: k * x.mean(1)
+
+    class Mine:
+        def __init__(self, k):
+            self.k = k
+
+        def attribute(self, inputs, target):
+            return self.k * inputs.mean(1)
+
+    for number, make in enumerate((lambda k: functools.partial(scaled, k=k), made, Mine)):
+        out = tmp_path / str(number)
+        measure(host, [x], {"mine": make(1.0)}, out=out)
+        measure(host, [x], {"mine": make(1.0)}, out=out)
+        with pytest.raises(ValueError, match=r"holds another run: methods\.mine\."):
+            measure(host, [x], {"mine": make(-1.0)}, out=out)
+
+
+def test_the_reference_is_that_of_the_last_start(host, x, tmp_path):
+    def board(**options):
+        return measure(host, [x], ["edges", "random"], out=tmp_path / "run", **options)
+
+    assert board(reference="edges").summary.reference == "edges"
+    assert board(reference=None).summary.reference is None
+    assert board(reference="random").summary.reference == "random"
+    assert ibx.Leaderboard.read(tmp_path / "run").summary.reference == "random"
+    assert ibx.Leaderboard.read(tmp_path / "run", reference=None).summary.reference is None
+
+
+def test_a_name_that_is_no_text_is_drawn(host, x, drawn, tmp_path):
+    name = os.fsdecode(b"\xff\xfe.png")
+    board = measure(host, [{"image": x[:2], "name": [name, "a\nb"]}], out=tmp_path / "run")
+    assert {row.name for row in board.rows} == {r"\udcff\udcfe.png", "a b"}
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_a_folder_of_another_run_is_refused_and_left_alone(host, x, tmp_path):
     board = measure(host, batches(x), out=tmp_path / "run")
     assert {"run.json", "rows.csv", "summary.md", "report.html"} <= {p.name for p in (tmp_path / "run").iterdir()}
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for change, named in (
+        ({"data": [*batches(x)[:-1], (x[-2:] + 1, batches(x)[-1][1])]}, "data.batches"),
         ({"seed": 1}, "seed is 0 there and 1 here"),
         ({"methods": ["edges"]}, "methods.center_gaussian"),
         ({"data": batches(x + 1)}, "data.first_batch"),

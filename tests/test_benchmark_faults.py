@@ -14,7 +14,7 @@ from ib_explain.figures import LIGHT, Plot
 from ib_explain.ib import IBAttention
 from ib_explain.methods.base import NotApplicable
 from ib_explain.report import Pictures
-from tests.benchmarking import batches, half_masks, measure
+from tests.benchmarking import batches, half_masks, measure, values
 from tests.models import images, tiny
 from tests.reporting import png
 
@@ -88,6 +88,20 @@ def test_interruption_and_lack_of_memory_are_not_swallowed(host, x, tmp_path, er
         ({"methods": [("grad_cam", {"rule": 1})]}, TypeError, "no option 'rule'; did you mean 'relu'"),
         ({"methods": [("grad_cam", 1)]}, TypeError, "must be .method, dict of options."),
         ({"methods": [3]}, TypeError, "got int"),
+        ({"methods": {"a\nb": "edges"}}, ValueError, "a method's name must be on one line"),
+        ({"methods": {"": "edges"}}, ValueError, "a method's name must be on one line, got ''"),
+        ({"methods": [("grad_cam", {"layer": "nope"})]}, ValueError, "TinyCNN has no layer 'nope'"),
+        ({"layer": "stage.1"}, ValueError, "TinyCNN has no layer 'stage.1'; did you mean 'stages.1'"),
+        ({"layer": 3}, TypeError, "layer must be a dotted name, a module of the model or None, got int"),
+        ({"metrics": [3]}, TypeError, "the name of a metric must be a str, got 3"),
+        ({"seed": "a"}, TypeError, "seed must be an integer, got 'a'"),
+        (
+            {"data": [{"image": images(3), "name": ["a", "b"]}]},
+            ValueError,
+            "batch 0 of the data must hold 3 names, got 2",
+        ),
+        ({"data": [{"image": images(3), "name": "abc"}]}, ValueError, "batch 0 of the data must hold 3 names, got 1"),
+        ({"data": [{"image": images(1), "density": -torch.ones(1, 24, 24)}]}, ValueError, "density must be finite and"),
         ({"metrics": ["insertions"]}, ValueError, "unknown metric 'insertions'; did you mean 'insertion'"),
         ({"metrics": "insertion"}, TypeError, r"write \['insertion'\]"),
         ({"metrics": []}, ValueError, "at least one name"),
@@ -125,6 +139,39 @@ def test_mistakes(host, x, change, kind, message):
     given = {"data": batches(x), "methods": ["edges"], "metrics": ["insertion"], **change}
     with pytest.raises(kind, match=message):
         run_benchmark(host, given.pop("data"), show_progress=False, **given)
+
+
+def test_a_method_that_writes_into_what_it_is_given_changes_nothing_for_others(host, x):
+    def clamps(model, x, target):
+        x.clamp_(min=0)
+        target.zero_()
+        return x.sum(1)
+
+    data = [x.clone()]
+    alone = values(measure(host, data, ["grad_cam"], ["insertion"]), "grad_cam", "insertion")
+    board = measure(host, data, [clamps, "grad_cam"], ["insertion"])
+    assert torch.equal(values(board, "grad_cam", "insertion"), alone)
+    assert torch.equal(data[0], x)
+
+
+@pytest.mark.parametrize("shape", [(24, 24, 3), (1, 12, 24), (2, 24, 24)])
+def test_maps_of_other_axes_are_refused(host, x, shape):
+    board = measure(host, [x], {"odd": lambda model, x, target: torch.rand(len(x), *shape)})
+    assert {row.status for row in board.rows} == {"failed"}
+    assert (
+        "the method must return (B, 1, 24, 24), a coarser grid of these proportions or 3 channels"
+        in board.rows[0].reason
+    )
+
+
+def test_a_drawing_that_fails_costs_no_table(host, x, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(sys.modules["ib_explain.benchmark"], "draw_pictures", fails)
+    with pytest.raises(RuntimeError, match="no font"):
+        measure(host, [x], out=tmp_path / "run")
+    assert (tmp_path / "run" / "summary.md").is_file() and (tmp_path / "run" / "report.html").is_file()
 
 
 def test_a_bottleneck_of_another_host_is_refused(host, x):

@@ -185,6 +185,23 @@ def test_curves_without_rows_do_not_count(tmp_path):
     assert RunStore.open(tmp_path / "run", SETTINGS).curves() == []
 
 
+def test_a_batch_whose_curves_cannot_be_read_is_not_finished(tmp_path):
+    store = RunStore.open(tmp_path / "run", SETTINGS)
+    fill(store, range(2))
+    (expected,) = store.curves()
+    path = tmp_path / "run" / "curves" / "batch-000001.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    assert len(RunStore.read(tmp_path / "run").curves()[0].images) == SIZE
+    store = RunStore.open(tmp_path / "run", SETTINGS)
+    assert store.done(0) and not store.done(1)
+    fill(store, range(1, 2))
+    (curve,) = RunStore.read(tmp_path / "run").curves()
+    np.testing.assert_array_equal(curve.scores, expected.scores)
+    (tmp_path / "run" / "run.json").write_text('{"format": 1}')
+    with pytest.raises(ValueError, match="run.json is not a run of ib_explain: KeyError"):
+        RunStore.read(tmp_path / "run")
+
+
 def test_curves_must_share_fractions(tmp_path):
     store = RunStore.open(tmp_path / "run", SETTINGS)
     fill(store, range(1))

@@ -67,6 +67,14 @@ def test_a_shuffling_loader_has_one_order_for_a_seed(x):
     assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
 
 
+def test_a_generator_of_the_loaders_own_is_left_as_it_was(x):
+    generator = torch.Generator().manual_seed(4)
+    loader = DataLoader(TensorDataset(x), batch_size=2, shuffle=True, generator=generator)
+    before = generator.get_state()
+    one, again = (torch.cat([b.x for b in Source(loader).batches()]) for _ in "12")
+    assert torch.equal(one, again) and torch.equal(generator.get_state(), before)
+
+
 def test_a_loader_of_its_own_kind_has_one_order_however_often_it_is_read(x):
     class Shuffling:
         def __iter__(self):

@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from ib_explain.bootstrap import average_ranks, pareto_front, percentile_interval, resampled_means
+from ib_explain.report import _finding
 from ib_explain.rows import CurveBatch, Row
 from ib_explain.summary import MetricFacts, extremes, summarise, summarise_curves
 
@@ -209,6 +210,25 @@ def test_failed_batches_cost_their_images_only():
     assert (cell.status, cell.n) == ("failed", 0)
 
 
+def test_a_method_is_not_ranked_better_than_its_twin_for_the_images_it_failed_on():
+    easy, hard = np.array([0.9, 0.8]), np.array([0.2, 0.1])
+    rows = rows_of({("same", "insertion"): np.concatenate([easy, hard]), ("low", "insertion"): np.full(4, 0.05)})
+    rows += rows_of({("flaky", "insertion"): easy})
+    rows += [Row(i, f"{i}.jpg", "flaky", "insertion", status="failed", reason="boom") for i in (2, 3)]
+    summary = summarise(rows, [UP])
+    assert summary.cells["flaky", "insertion"].mean > summary.cells["same", "insertion"].mean
+    assert summary.ranks["flaky", "insertion"].mean == summary.ranks["same", "insertion"].mean == 1.5
+    assert summary.best("insertion") == {"flaky", "same"}
+
+
+def test_a_cost_is_no_sample_of_images():
+    values = {("a", "passes"): np.full(8, 2.0), ("b", "passes"): np.full(8, 1.0)}
+    summary = summarise(rows_of(values), [COST], "a")
+    for found in (summary.cells["b", "passes"], summary.differences["b", "passes"], summary.ranks["b", "passes"]):
+        assert math.isnan(found.low) and math.isnan(found.high)
+    assert summary.differences["b", "passes"].mean == -1 and summary.ranks["b", "passes"].mean == 1
+
+
 def test_undefined_everywhere_and_missing():
     rows = rows_of(
         {("a", "insertion"): np.full(3, np.nan), ("a", "deletion"): np.ones(3), ("b", "deletion"): np.ones(3)}
@@ -218,8 +238,13 @@ def test_undefined_everywhere_and_missing():
 
 
 def test_one_image_has_a_mean_but_no_interval():
-    cell = summarise(rows_of({("a", "insertion"): np.array([0.5])}), [UP]).cells["a", "insertion"]
+    summary = summarise(rows_of({("a", "insertion"): np.array([0.5]), ("b", "insertion"): np.array([0.4])}), [UP])
+    cell, rank = summary.cells["a", "insertion"], summary.mean_ranks["a"]
     assert cell.mean == 0.5 and math.isnan(cell.low) and math.isnan(cell.high)
+    assert rank.mean == 1 and math.isnan(rank.low) and math.isnan(rank.high)
+    assert _finding(summary) == (
+        "Best mean rank over 1 metric: a, 1.00. From one image nothing can be said on how certain that is."
+    )
 
 
 def test_infinite_values_are_shown_not_hidden():

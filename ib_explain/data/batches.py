@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ib_explain.data.images import images_of
 from ib_explain.data.loaders import has_plan, with_plan
-from ib_explain.randomness import seeded
+from ib_explain.randomness import own_generator_seeded, seeded
 
 __all__ = ["Batches", "Share"]
 
@@ -96,7 +94,7 @@ class Batches:
 
     def _epoch(self, epoch: int, *, keep: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
         seed = self.seed * 1_000_003 + epoch
-        with seeded(seed), _generator_seeded(getattr(self.data, "generator", None), seed):
+        with seeded(seed), own_generator_seeded(self.data, seed):
             for batch in self._own if self._own is not None else _Dealt(self._read_through(keep), self.share):
                 images, labels = images_of(batch)
                 size = tuple(images.shape[1:])
@@ -112,20 +110,6 @@ class Batches:
             if keep and self._once is not None:
                 self._kept.append(batch)
             yield batch
-
-
-@contextlib.contextmanager
-def _generator_seeded(generator: Any, seed: int) -> Iterator[None]:
-    """Seed a loader's own generator, if it has one, and put its state back at the end."""
-    if not isinstance(generator, torch.Generator):
-        yield
-        return
-    state = generator.get_state()
-    try:
-        generator.manual_seed(seed % 2**63)
-        yield
-    finally:
-        generator.set_state(state)
 
 
 class _Dealt:

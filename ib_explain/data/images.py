@@ -133,7 +133,12 @@ def open_dataset(
     from timm.data import ImageDataset, create_dataset
 
     if name:
-        dataset = create_dataset(name, None if root is None else str(root), split=split or "validation")
+        try:
+            dataset = create_dataset(name, None if root is None else str(root), split=split or "validation")
+        except (AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            hint = "; does it need a root?" if root is None else ""
+            raise ValueError(f"timm cannot open the data set {name!r}{hint} ({told})") from error
     else:
         place = _find_split(root, split)
         try:

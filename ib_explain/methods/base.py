@@ -114,7 +114,7 @@ def _of_function(name: str, function: Callable[[nn.Module, Tensor, Tensor], Any]
 
         def __call__(self, call: Call) -> Any:
             call.refuse_layer(name)
-            return function(call.model, call.x, call.classes())
+            return function(call.model, call.x.detach().clone(), call.classes().clone())
 
     Function.__doc__ = function.__doc__
     return Function
