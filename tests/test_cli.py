@@ -334,6 +334,19 @@ def test_names_are_unique_and_stay_below_the_folder():
     assert names == ["x", "x-png", "x-jpg", "x-2", "s/y", "sheet-jpg"]
 
 
+def test_random_weights_are_the_same_in_every_run_and_nobodys_random_state_moves():
+    before = torch.get_rng_state()
+    one, again = (load_host("test_resnet", num_classes=5).state_dict() for _ in "12")
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_data_set_that_timm_cannot_open_is_one_line(host, tmp_path, capsys):
+    for name in ("torch/cifar10", "nope/xx"):
+        words = ["attribute", *host, "--dataset", name, "--out", tmp_path / "maps"]
+        assert f"timm cannot open the data set '{name}'; does it need a root?" in fails(capsys, *words)
+
+
 def test_a_model_from_a_local_folder_comes_with_its_weights(tmp_path):
     from timm.models import save_for_hf
 
