@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import inspect
@@ -165,7 +164,9 @@ def _facts(method: Any, run: Any, options: Mapping[str, Any], model: nn.Module) 
         return facts | {key: _plain(value) for key, value in options.items()}
     if is_dataclass(run) and not isinstance(run, type):  # a registered method, or one like it
         held = {field.name: _plain(getattr(run, field.name)) for field in fields(run)}
-        return {"method": _called(run), **held}
+        written = getattr(run, "function", type(run))  # by `register_method` on a function or a class
+        source = {} if written.__module__.startswith("ib_explain.") else _source(written)
+        return {"method": _called(run), **held, **source}
     return {**_code_facts(method), **{key: _plain(value) for key, value in options.items()}}
 
 
@@ -175,14 +176,19 @@ def _code_facts(method: Any) -> dict[str, Any]:
         held = {"args": _plain(method.args), "keywords": _plain(method.keywords)}
         return {**_code_facts(method.func), **{key: value for key, value in held.items() if value}}
     own = method if hasattr(method, "__qualname__") else type(method)
-    facts: dict[str, Any] = {"method": f"{own.__module__}.{own.__qualname__}"}
-    with contextlib.suppress(OSError, TypeError):  # no source: built in, compiled, or typed at a bare prompt
-        facts["source"] = hashlib.blake2b(inspect.getsource(own).encode(), digest_size=8).hexdigest()
+    facts: dict[str, Any] = {"method": f"{own.__module__}.{own.__qualname__}", **_source(own)}
     if closure := getattr(method, "__closure__", None):
         facts["closure"] = [_plain(value) for cell in closure if (value := _content(cell)) is not method]
     if own is not method and (state := getattr(method, "__dict__", None)):
         facts["holds"] = {key: _plain(value) for key, value in sorted(state.items())}
     return facts
+
+
+def _source(code: Any) -> dict[str, str]:
+    try:
+        return {"source": hashlib.blake2b(inspect.getsource(code).encode(), digest_size=8).hexdigest()}
+    except (OSError, TypeError):  # there is none: built in, compiled, or typed at a bare prompt
+        return {}
 
 
 def _content(cell: Any) -> Any:

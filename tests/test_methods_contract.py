@@ -246,6 +246,7 @@ def test_a_function_under_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
         ibx.attribute(host, x, method="brightness", layer="layer1")
     board = ibx.benchmark(host, [x], methods=["brightness"], metrics=["sparsity_max_over_mean"])
     assert {row.method for row in board.rows} == {"brightness"}
+    assert {"method", "source"} == board.run["settings"]["methods"]["brightness"].keys()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -107,14 +107,15 @@ def register_method(name: str) -> Callable[[M], M]:
     return file
 
 
-def _of_function(name: str, function: Callable[[nn.Module, Tensor, Tensor], Any]) -> Callable[..., Any]:
+def _of_function(name: str, given: Callable[[nn.Module, Tensor, Tensor], Any]) -> Callable[..., Any]:
     @dataclass(frozen=True)
     class Function:
         unit: ClassVar[str] = f"own unit of {name}"
+        function: ClassVar[Callable[..., Any]] = staticmethod(given)
 
         def __call__(self, call: Call) -> Any:
             call.refuse_layer(name)
-            return function(call.model, call.x.detach().clone(), call.classes().clone())
+            return given(call.model, call.x.detach().clone(), call.classes().clone())
 
-    Function.__doc__ = function.__doc__
+    Function.__doc__ = given.__doc__
     return Function
