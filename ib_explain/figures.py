@@ -12,6 +12,7 @@ import numpy as np
 
 from ib_explain.bootstrap import pareto_front
 from ib_explain.summary import CurveSummary, MetricFacts, Summary
+from ib_explain.tables import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -211,7 +212,7 @@ def _rank_plot(summary: Summary) -> Plot:
     dotted = f" The dotted line is {summary.reference}." if summary.reference in ranked else ""
     return Plot(
         "ranks",
-        f"Mean rank over {summary.ranked_metrics} metrics",
+        f"Mean rank over {counted(summary.ranked_metrics, 'metric')}",
         f"Bars are {100 * summary.confidence:g} % intervals over resampled images.{dotted}{hollow}",
         "Mean ranks, best first: " + ", ".join(f"{m} {summary.mean_ranks[m].mean:.2f}" for m in ranked) + ".",
         draw,

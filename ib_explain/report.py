@@ -21,7 +21,7 @@ from ib_explain.markup import Picture, cell, flat, grid, heading, image, named, 
 from ib_explain.results import write_atomically
 from ib_explain.rows import Row
 from ib_explain.summary import CurveSummary, Extreme, Interval, MetricFacts, Summary, extremes
-from ib_explain.tables import Notes, Shown, number_format, reading, verdict
+from ib_explain.tables import Notes, Shown, counted, number_format, reading, verdict
 from ib_explain.tables import shown_difference as difference_of
 from ib_explain.tables import shown_mean_rank as mean_rank_of
 from ib_explain.tables import shown_rank as rank_of
@@ -103,7 +103,8 @@ def report_html(
     )
     settings = run.get("settings", {})
     title = f"How well is {_name(settings.get('model', 'the model'))} explained?"
-    kicker = " · ".join(str(part) for part in (_name(settings.get("data", "")), f"{summary.images} images") if part)
+    parts = _name(settings.get("data", "")), counted(summary.images, "image")
+    kicker = " · ".join(str(part) for part in parts if part)
     style, script = (_beside(f"report.{kind}") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -139,10 +140,11 @@ def _finding(summary: Summary) -> str:
     ranks = summary.mean_ranks
     full = [m for m in summary.methods if ranks[m].metrics == summary.ranked_metrics > 0]
     if not full:
-        return f"{len(summary.methods)} methods, {len(summary.metrics)} metrics; no ranking was possible."
+        told = f"{counted(len(summary.methods), 'method')}, {counted(len(summary.metrics), 'metric')}"
+        return f"{told}; no ranking was possible."
     lead = full[0]
     tied = [m for m in full[1:] if ranks[m].low <= ranks[lead].high]
-    over = "1 metric" if summary.ranked_metrics == 1 else f"{summary.ranked_metrics} metrics"
+    over = counted(summary.ranked_metrics, "metric")
     shown = mean_rank_of(summary, lead)
     text = f"Best mean rank over {over}: {lead}, {f'{shown.value} {shown.interval}'.strip()}. "
     if math.isnan(ranks[lead].low):
@@ -175,7 +177,7 @@ def _measured(summary: Summary, run: Mapping[str, Any]) -> str:
 
 
 def _leaderboard(summary: Summary, notes: Notes) -> str:
-    columns = [heading("mean rank", "↓", "lower is better", f"over {summary.ranked_metrics} metrics", None)]
+    columns = [heading("mean rank", "↓", "lower is better", f"over {counted(summary.ranked_metrics, 'metric')}", None)]
     columns += [_metric_heading(facts, notes.of(None, facts.name)) for facts in summary.metrics]
     scales = [scale([summary.mean_ranks[m] for m in summary.methods])]
     scales += [scale([summary.cells[m, facts.name] for m in summary.methods]) for facts in summary.metrics]

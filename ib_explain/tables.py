@@ -15,8 +15,8 @@ import numpy as np
 
 from ib_explain.summary import Cell, Interval, MetricFacts, Summary
 
-__all__ = ["ABSENT", "Notes", "Shown", "csv_table", "json_summary", "markdown_tables", "number_format", "reading"]
-__all__ += ["shown_difference", "shown_mean_rank", "shown_rank", "shown_score", "text_table", "verdict"]
+__all__ = ["ABSENT", "Notes", "Shown", "counted", "csv_table", "json_summary", "markdown_tables", "number_format"]
+__all__ += ["reading", "shown_difference", "shown_mean_rank", "shown_rank", "shown_score", "text_table", "verdict"]
 
 ABSENT = {"not_applicable": "n/a", "failed": "failed", "undefined": "undefined", "missing": "–"}
 """What stands in a cell without a number."""
@@ -117,6 +117,11 @@ def shown_difference(summary: Summary, notes: Notes, method: str, metric: str) -
 
     sign = verdict(difference, summary.facts(metric))
     return Shown(form(difference.mean), _bounds(difference, form), {1: "▲", -1: "▼", 0: ""}[sign])
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 image", "2 images"."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def verdict(difference: Interval, facts: MetricFacts) -> int:
@@ -231,12 +236,12 @@ def json_summary(summary: Summary) -> str:
 def reading(summary: Summary) -> str:
     """What the numbers are and what the order is."""
     cost = ", cost aside" if any(facts.family == "cost" for facts in summary.metrics) else ""
-    order = f"Ordered by the mean rank over {summary.ranked_metrics} metrics{cost}"
+    order = f"Ordered by the mean rank over {counted(summary.ranked_metrics, 'metric')}{cost}"
     if any(rank.metrics < summary.ranked_metrics for rank in summary.mean_ranks.values()):
         order += "; methods without a rank in some of them come last"
     return (
-        f"Means over {summary.images} images with {100 * summary.confidence:g} % bootstrap percentile intervals "
-        f"({summary.resamples} resamples of images, seed {summary.seed}). {order}."
+        f"Means over {counted(summary.images, 'image')} with {100 * summary.confidence:g} % bootstrap percentile "
+        f"intervals ({summary.resamples} resamples of images, seed {summary.seed}). {order}."
     )
 
 
