@@ -1,4 +1,4 @@
-"""Hooks on the host: the only file that registers one. Each lives in a context that always restores.
+"""Hooks on the host; only the survey of all layers registers others. Each lives in a context that always restores.
 
 `frozen` lends the host in eval mode, `capture` reads outputs, `replace_output` changes one, `Tail` runs only what lies
 behind a layer. None of them changes a parameter, and none swallows an exception that it did not raise itself.
@@ -293,28 +293,51 @@ def capture(
 
 
 @contextlib.contextmanager
-def replace_output(model: nn.Module, name: str, edit: Callable[[Any], Any]) -> Iterator[None]:
+def replace_output(
+    model: nn.Module,
+    name: str,
+    edit: Callable[[Any], Any],
+    *,
+    before: Callable[[tuple[Any, ...]], None] | None = None,
+) -> Iterator[None]:
     """While inside, every forward pass of `model` continues with `edit(output)` in place of the layer's output.
+
+    Args:
+        model: the host, wrapped or not.
+        name: of the layer.
+        edit: from the layer's output to what the pass goes on with.
+        before: called with the positional arguments of each pass before it starts; passes that it runs itself are not
+            touched.
 
     Raises:
         RuntimeError: in a forward pass in which the layer does not run, or runs twice.
     """
     model = unwrap(model)
-    runs = 0
+    runs, preparing = 0, False
 
-    def start(_module: nn.Module, _inputs: Any) -> None:
-        nonlocal runs
+    def start(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal runs, preparing
+        if preparing:
+            return
+        if before is not None:
+            preparing = True
+            try:
+                before(inputs)
+            finally:
+                preparing = False
         runs = 0
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         nonlocal runs
+        if preparing:
+            return None
         runs += 1
         if runs > 1:
             raise RuntimeError(f"layer {name!r} ran more than once in one forward pass; name a layer that runs once")
         return edit(output)
 
     def end(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-        if runs == 0:
+        if runs == 0 and not preparing:
             raise RuntimeError(f"layer {name!r} did not run in the forward pass; name a layer that the model calls")
 
     handles = []

@@ -365,39 +365,22 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             if self._place is None and self.layer_name is None:
                 found = find_place(host, None, input_size_of(host))
                 self._settle(found)
-            name = str(self.layer_name)
             plan: list[tuple[Restriction, Observation, Layout, Tensor]] = []
-            planning = False
 
-            def before(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                nonlocal planning
+            def prepare(inputs: tuple[Any, ...]) -> None:
                 if not inputs:
                     raise TypeError("call the restricted model with its images first, as model(x)")
-                if not planning:  # the clean pass that the attention reads runs through this very hook
-                    planning = True
-                    try:
-                        plan[:] = [
-                            self._plan(
-                                host, inputs[0], target, HostArgs.of(tuple(inputs[1:]), len(inputs[0])), attention
-                            )
-                        ]
-                    finally:
-                        planning = False
+                args = HostArgs.of(tuple(inputs[1:]), len(inputs[0]))
+                plan[:] = [self._plan(host, inputs[0], target, args, attention)]
 
             def edit(output: Any) -> Any:
-                if planning:
-                    return output
                 restriction, seen, layout, value = plan[0]
-                generator = generator_of(self.seed, value.device)
-                noise = torch.randn((1, *seen.features.shape[1:]), generator=generator, device=value.device)
+                shape = (1, *seen.features.shape[1:])
+                noise = torch.randn(shape, generator=generator_of(self.seed, value.device), device=value.device)
                 return restriction.apply_to(seen, layout, value, noise)
 
-            handle = host.register_forward_pre_hook(before)
-            try:
-                with replace_output(host, name, edit):
-                    yield host
-            finally:
-                handle.remove()
+            with replace_output(host, str(self.layer_name), edit, before=prepare):
+                yield host
 
     def save(self, path: str | Path) -> None:
         """Write the fitted bottleneck as a folder with `bottleneck.safetensors` and `config.json`.
