@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["check_images", "check_maps", "check_number", "check_positive_int", "did_you_mean", "take_options"]
+__all__ += ["warn_user"]
 
 
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 12) -> str:
@@ -138,3 +142,11 @@ def take_options(options: Mapping[str, Any], known: Iterable[str], owner: str) -
             listed = did_you_mean(name, known) if known else "; it has no options"
             raise TypeError(f"{owner} has no option {name!r}{listed}")
     return dict(options)
+
+
+def warn_user(text: str) -> None:
+    """Warn at the line of the user's that led here: the first one outside of this package."""
+    package, level, frame = str(Path(__file__).parent), 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, UserWarning, stacklevel=level)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ib_explain.bottleneck.gates import GATES
 from ib_explain.bottleneck.module import Bottleneck, Restriction, empty_bottleneck
 from ib_explain.checkpoints import CHECKPOINT_FILES, read_checkpoint, write_checkpoint
-from ib_explain.checks import check_images, check_maps, check_number, check_positive_int, did_you_mean
+from ib_explain.checks import check_images, check_maps, check_number, check_positive_int, did_you_mean, warn_user
 from ib_explain.data.batches import Batches, Share
 from ib_explain.files import check_replaceable, replace_folder
 from ib_explain.fitting import (
@@ -275,7 +274,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         about = {"layer": place.site.name, "device": str(device), "data": _source(data)}
         self.record = {**about, "statistics_images": images, "versions": versions(), **record}
         for told in doubts(self.record):
-            warnings.warn(told, UserWarning, stacklevel=2)
+            warn_user(told)
         return self
 
     @_as_captum
@@ -415,7 +414,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             told = (
                 f"{path} was fitted to a {fitted_to['architecture']} with other weights; fit again for bits that hold"
             )
-            warnings.warn(told, UserWarning, stacklevel=2)
+            warn_user(told)
         options = {name: config[name] for name in OPTIONS if name in config}  # files of 0.1 lack "relevance"
         self = cls(model, config["layer"], **options)
         channels, height, width = config["input_size"]
@@ -496,7 +495,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         leak = place.site.leak
         if leak > LEAK_WORTH_A_WARNING and self.gate != "residual" and place != self._place:
             told = f"layer {place.site.name!r} is no cut: {leak:.0%} of the logits' spread flows around its grid"
-            warnings.warn(f"{told}, so its bits do not bound what the model uses", UserWarning, stacklevel=3)
+            warn_user(f"{told}, so its bits do not bound what the model uses")
 
     def _describe(self, place: Place) -> dict[str, Any]:
         """What a saved bottleneck or a checkpoint says of itself."""

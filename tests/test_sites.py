@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -360,6 +361,16 @@ class TestDefaultLayer:
 
 
 class TestResolve:
+    def test_a_layer_that_is_no_cut_is_told_where_the_user_called(self, tmp_path: Path) -> None:
+        model, x = make(Bypass), torch.randn(2, *SIZE)
+        told = "layer 'late' is no cut: .* of the logits' spread flows around its grid"
+        uses = [lambda ib: ib.attribute(x), lambda ib: ib.fit([x], steps=1, show_progress=False).save(tmp_path / "ib")]
+        uses.append(lambda _: IBAttention.load(tmp_path / "ib", model))
+        for use in uses:
+            with pytest.warns(UserWarning, match=told) as caught:
+                use(IBAttention(model, "late"))
+            assert [w.filename for w in caught if "is no cut" in str(w.message)] == [__file__]
+
     def test_nearest_name(self) -> None:
         with pytest.raises(ValueError, match="has no layer 'stages.l'; did you mean .*'stages.1'"):
             resolve_site(make(TinyCNN), "stages.l", SIZE)
