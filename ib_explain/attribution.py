@@ -40,7 +40,7 @@ def attribute(
         target: None for the model's own top-1, an int, a list or a 1-D integer tensor.
         method: a name from `available_methods()`, a fitted `IBAttention`, an object with Captum's
             `attribute(inputs, target=...)`, or a function f(model, x, target) -> (B, 1, H, W) or (B, H, W), or
-            (B, C, H, W), whose channels are summed. A coarser grid is upsampled.
+            (B, C, H, W), whose channels are summed. Coarser grids, as of Captum's layer methods, are upsampled.
         layer: where the method looks; None for its own default.
         batch_size: images at a time; the maps do not depend on it.
         seed: of everything random in the method, also of what a function of yours draws from the global generators.
@@ -153,7 +153,7 @@ def as_maps(maps: Any, x: Tensor) -> Tensor:
 
     Raises:
         TypeError: it is no tensor.
-        ValueError: not one map an image, other channels or proportions than the image's, NaN or infinite values.
+        ValueError: not one map an image, other proportions than the image's, NaN or infinite values.
     """
     if isinstance(maps, tuple) and len(maps) == 1:
         maps = maps[0]
@@ -167,8 +167,8 @@ def as_maps(maps: Any, x: Tensor) -> Tensor:
         raise ValueError(f"the method must return one map for each of the {len(x)} images, got {tuple(maps.shape)}")
     (height, width), (rows, columns) = x.shape[2:], maps.shape[2:]
     alike = abs(rows / height - columns / width) <= max(1 / height, 1 / width)  # a grid of the image's proportions
-    if maps.shape[1] not in (1, x.shape[1]) or not alike:
-        wanted = f"(B, 1, {height}, {width}), a coarser grid of these proportions or {x.shape[1]} channels"
+    if not alike:
+        wanted = f"(B, 1, {height}, {width}), or a coarser grid of these proportions"
         raise ValueError(f"the method must return {wanted}, got {tuple(maps.shape)}")
     maps = maps.detach().to(x.device, torch.float32).sum(dim=1, keepdim=True)
     if maps.shape[2:] != x.shape[2:]:

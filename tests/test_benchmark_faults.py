@@ -154,14 +154,11 @@ def test_a_method_that_writes_into_what_it_is_given_changes_nothing_for_others(h
     assert torch.equal(data[0], x)
 
 
-@pytest.mark.parametrize("shape", [(24, 24, 3), (1, 12, 24), (2, 24, 24)])
+@pytest.mark.parametrize("shape", [(24, 24, 3), (1, 12, 24)])
 def test_maps_of_other_axes_are_refused(host, x, shape):
     board = measure(host, [x], {"odd": lambda model, x, target: torch.rand(len(x), *shape)})
     assert {row.status for row in board.rows} == {"failed"}
-    assert (
-        "the method must return (B, 1, 24, 24), a coarser grid of these proportions or 3 channels"
-        in board.rows[0].reason
-    )
+    assert "the method must return (B, 1, 24, 24), or a coarser grid of these proportions" in board.rows[0].reason
 
 
 def test_a_drawing_that_fails_costs_no_table(host, x, tmp_path, monkeypatch):

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from captum.attr import LayerGradientXActivation
 from torch import Tensor, nn
 
 import ib_explain as ibx
+from ib_explain.hooks import frozen
+from ib_explain.maps import resize
 from ib_explain.methods import METHODS, NotApplicable, register_method
 
 HOSTS = ("test_resnet", "test_vit", "test_mambaout")
@@ -227,6 +230,16 @@ def test_bad_values(method: str, options: dict[str, Any], text: str) -> None:
 def test_any_integer_is_a_seed(method: str, seed: int) -> None:
     one, again = (maps(method, "test_resnet", images(), seed=seed) for _ in "12")
     assert torch.equal(one, again)
+
+
+def test_layer_methods_of_captums_give_coarse_maps_of_many_channels() -> None:
+    host, x = host_of("test_resnet"), images()
+    method = LayerGradientXActivation(host, host.layer2)
+    with frozen(host):
+        expected = method.attribute(x, target=2).detach()
+    assert expected.shape == (2, 48, 8, 8)
+    heat = ibx.attribute(host, x, method=method, target=2)
+    torch.testing.assert_close(heat, resize(expected.sum(dim=1, keepdim=True), (SIZE, SIZE)))
 
 
 def test_a_function_under_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
