@@ -139,7 +139,7 @@ def benchmark(
         board = Leaderboard.of(store, reference=reference)
         if accelerator.is_main_process:
             if out is not None:
-                board.save(out)  # a drawing that fails must not cost the tables
+                board.save_tables(out)  # a drawing that fails must not cost them
             pictures = draw_pictures(board, source, contenders, measure.maps_of, model)
             board = replace(board, pictures=pictures)
             if out is not None:

@@ -120,17 +120,22 @@ class Leaderboard:
             ValueError: the folder is a file, or holds another run, more of this run, or results of unknown origin;
                 nothing is written then.
         """
-        path = Path(folder)
-        self.store.copy_to(path)
+        path = self.save_tables(folder)
         curves = self.mean_curves()
         (path / "figures").mkdir(exist_ok=True)
         for plot in plots(self.summary, curves):
             write_atomically(path / "figures" / f"{plot.name}.png", plot.png())
-        for kind, text in (("csv", self.to_csv()), ("json", self.to_json()), ("md", self.to_markdown())):
-            write_atomically(path / f"summary.{kind}", text)
         page = path / "report.html"
         write_report(page, self.summary, self.run, curves=curves, rows=self.rows, pictures=self.pictures)
         return page
+
+    def save_tables(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the tables alone, with the rows if they are not there; return the folder. Raises as `save`."""
+        path = Path(folder)
+        self.store.copy_to(path)
+        for kind, text in (("csv", self.to_csv()), ("json", self.to_json()), ("md", self.to_markdown())):
+            write_atomically(path / f"summary.{kind}", text)
+        return path
 
     def __str__(self) -> str:
         return self.table()

@@ -168,7 +168,7 @@ def test_a_drawing_that_fails_costs_no_table(host, x, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["ib_explain.benchmark"], "draw_pictures", fails)
     with pytest.raises(RuntimeError, match="no font"):
         measure(host, [x], out=tmp_path / "run")
-    assert (tmp_path / "run" / "summary.md").is_file() and (tmp_path / "run" / "report.html").is_file()
+    assert (tmp_path / "run" / "summary.md").is_file() and (tmp_path / "run" / "summary.csv").is_file()
 
 
 def test_a_bottleneck_of_another_host_is_refused(host, x):
