@@ -35,6 +35,7 @@ from ib_explain.hooks import (
     frozen,
     host_device,
     module_name,
+    outside_inference_mode,
     replace_output,
     unwrap,
     weights_state,
@@ -624,7 +625,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         self, host: nn.Module, x: Tensor, target: Target, args: tuple[Any, ...], attention: float | Tensor | None
     ) -> tuple[Restriction, Observation, Layout, Tensor]:
         """What `restrict` needs for one forward pass."""
-        with torch.no_grad():
+        with outside_inference_mode(), torch.no_grad():
             gradient = attention is None and self.reads == "gradient"
             seen, place = self._observe(host, x, target, args, read=attention is None, gradient=gradient)
             restriction = self._restriction(host, place, args=args)

@@ -268,6 +268,12 @@ class TestHostStaysAsItWas:
         with torch.inference_mode():
             assert torch.equal(ib.attribute(x), expected) and torch.equal(ib.information(x), own)
             fresh = IBAttention(host, "stages.1").fit(data, steps=2, show_progress=False)
+        with torch.no_grad(), ib.restrict() as restricted:
+            kept = restricted(x)
+        with torch.inference_mode(), ib.restrict() as restricted:
+            assert torch.equal(restricted(x), kept)
+        with ib.restrict() as restricted, torch.inference_mode():
+            assert torch.equal(restricted(x), kept) and torch.equal(restricted(x.clone()), kept)
         again = IBAttention(host, "stages.1").fit(data, steps=2, show_progress=False)
         assert torch.equal(fresh.attribute(x), again.attribute(x))
 
