@@ -258,6 +258,8 @@ def draw_rate(rows: dict[str, dict[str, Any]]) -> plt.Figure:
         axes[1].plot(bits, lost, marker="o")
     axes[0].set(xlabel="bits an image", ylabel="agreement with the host")
     axes[1].set(xlabel="bits an image", ylabel="nats lost about the top-1")
+    for axis in axes:
+        axis.locator_params(axis="x", nbins=5)  # five digits a tick
     axes[0].legend(fontsize=8)
     return figure
 
