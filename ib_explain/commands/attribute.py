@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -60,9 +61,10 @@ def run(args: argparse.Namespace) -> int:
     folder = MapFolder(out, _command(args, host, size), overwrite=args.overwrite)
     folders = class_folders(pictures) or ((fitted.record or {}).get("class_folders") if fitted else None)
     classes = class_names(host, imagenet=has_timm_weights(args), folders=folders)
-    names, reader = plan_names(below), _Reader(pictures, preprocess_for(host, size))
-    digests = [_digest(path) for path, _ in below]
-    todo = [i for i, name in enumerate(names) if not folder.holds(name, digests[i])]
+    names, paths = plan_names(below), [path for path, _ in below]
+    reader = _Reader(pictures, paths, preprocess_for(host, size))
+    done = {i for i, name in enumerate(names) if folder.holds(name, functools.partial(_digest, paths[i]))}
+    todo = [i for i in range(len(names)) if i not in done]
 
     with Progress(len(todo), "attribute", show=len(todo) > 1) as progress:
         loader = DataLoader(reader, args.batch_size, sampler=todo, num_workers=args.workers, collate_fn=list)
@@ -90,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
             for row, item in enumerate(items):
                 index = int(target[row])
                 facts = {
-                    "image": str(below[item.place][0]),
-                    "digest": digests[item.place],
+                    "image": str(paths[item.place]),
+                    "digest": item.digest,
                     "unit": unit,
                     "bits": float(maps[row].sum()) if in_bits(unit) else math.nan,
                     "target": index,
@@ -101,12 +103,12 @@ def run(args: argparse.Namespace) -> int:
                 }
                 figure = visualize(x[row, None], maps[row, None], model=host, titles=[_title(facts)], unit=unit)
                 folder.add(names[item.place], maps[row], facts, figure)
+                done.add(item.place)
                 progress.step()
 
-    done = [i for i, name in enumerate(names) if folder.holds(name, digests[i])]
-    rows = folder.finish([names[i] for i in done])
+    rows = folder.finish([names[i] for i in sorted(done)])
     if len(done) > 1:
-        _draw_sheet(folder, host, reader, done[:SHEET_IMAGES], names, unit)
+        _draw_sheet(folder, host, reader, sorted(done)[:SHEET_IMAGES], names, unit)
     _report(folder.path, rows, len(names) - len(todo), unit)
     return 2 if problems else 0
 
@@ -119,14 +121,15 @@ class _Item(NamedTuple):
     """(3, H, W)"""
     label: int
     """-1 if unknown."""
+    digest: str
     problem: str
 
 
 class _Reader(Dataset[_Item]):
     """Reads and preprocesses; a picture that cannot be read is an item with a problem, not an exception."""
 
-    def __init__(self, pictures: Pictures, transform: Preprocess) -> None:
-        self.pictures, self.transform = pictures, transform
+    def __init__(self, pictures: Pictures, paths: Sequence[Path], transform: Preprocess) -> None:
+        self.pictures, self.paths, self.transform = pictures, paths, transform
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -135,8 +138,8 @@ class _Reader(Dataset[_Item]):
         try:
             image, label = self.pictures.load(index)
         except ValueError as error:
-            return _Item(index, None, -1, str(error))
-        return _Item(index, self.transform(image), -1 if label is None else label, "")
+            return _Item(index, None, -1, "", str(error))
+        return _Item(index, self.transform(image), -1 if label is None else label, _digest(self.paths[index]), "")
 
 
 def _check(args: argparse.Namespace) -> tuple[str, tuple[int, int, int] | None]:

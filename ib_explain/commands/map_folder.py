@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +55,10 @@ class MapFolder:
             raise ValueError(f"{self.path} holds other files; name another --out, or --overwrite to write among them")
         self.command = command
 
-    def holds(self, name: str, digest: str) -> bool:
-        """Whether this image is done: there may be the map of another one of that name."""
+    def holds(self, name: str, digest: Callable[[], str]) -> bool:
+        """Whether this image is done: there may be the map of another one of that name, with another digest."""
         there = self._raw(name).is_file() and self._picture(name).is_file()
-        return there and self.read(name)[0].get("digest") == digest
+        return there and self.read(name)[0].get("digest") == digest()
 
     def add(self, name: str, heat: Tensor, facts: dict[str, Any], figure: Figure) -> None:
         """Write one image's picture and its raw map (1, H, W); with the first one, what made them."""
