@@ -197,7 +197,8 @@ class Prefix:
     """The pass up to the site alone, ended there."""
 
     def __init__(self, host: nn.Module, place, x: Tensor) -> None:
-        from ib_explain.hooks import TailRecorder, capture
+        from ib_explain.hooks import capture
+        from ib_explain.tails import TailRecorder
 
         with TailRecorder(host, place.site.name) as recorder, capture(host, [place.site.name], stop=True) as seen:
             host(x)

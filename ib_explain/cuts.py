@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ib_explain.hooks import Tail, TailRecorder, capture, frozen, map_tensors, run_host
+from ib_explain.hooks import capture, frozen, map_tensors, run_host
 from ib_explain.layouts import Layout
 from ib_explain.randomness import generator_of
 from ib_explain.statistics import RunningMoments
 from ib_explain.stripes import probe_batch
+from ib_explain.tails import Tail, TailRecorder
 
 __all__ = ["CleanPass", "CutFigures"]
 

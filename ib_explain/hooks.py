@@ -1,7 +1,7 @@
-"""Hooks on the host; only the survey of all layers registers others. Each lives in a context that always restores.
+"""Hooks on the host. Each lives in a context that always restores.
 
-`frozen` lends the host in eval mode, `capture` reads outputs, `replace_output` changes one, `Tail` runs only what lies
-behind a layer. None of them changes a parameter, and none swallows an exception that it did not raise itself.
+`frozen` lends the host in eval mode, `capture` reads outputs, `replace_output` changes one (`ib_explain.tails` runs what
+lies behind one). None of them changes a parameter, and none swallows an exception that it did not raise itself.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from ib_explain.checks import did_you_mean
 
 __all__ = [
     "HostArgs",
-    "Tail",
-    "TailRecorder",
     "capture",
     "find_module",
     "frozen",
@@ -365,119 +363,3 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
             changed[key] = map_tensors(item, change)
         return changed
     return value
-
-
-def _stand_in(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape that takes no memory: nothing behind a cut reads its values."""
-    return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
-
-
-class TailRecorder:
-    """Notes, during a clean forward pass, what may be skipped when only the part behind `name` is run again.
-
-    The children of the layer's ancestors that finish before it does are skipped later; of their outputs only the
-    shapes are kept. Use as a context around the clean pass; `tail(x, args)` afterwards gives the `Tail`.
-    """
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        self.model = unwrap(model)
-        self.name = name
-        parts = name.split(".")
-        self._ancestors = [".".join(parts[:depth]) for depth in range(len(parts))]
-        self._outputs: dict[str, list[Any]] = {}
-        self._handles: list[Any] = []
-        self._arrived = False
-
-    def __enter__(self) -> TailRecorder:
-        self._outputs, self._arrived = {}, False
-        try:
-            for ancestor in self._ancestors:
-                module = self.model.get_submodule(ancestor)
-                for child_name, child in module.named_children():
-                    full = f"{ancestor}.{child_name}" if ancestor else child_name
-                    if full == self.name:
-                        self._handles.append(child.register_forward_hook(self._arrive))
-                    elif full not in self._ancestors:
-                        self._handles.append(child.register_forward_hook(self._note(full)))
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_exception: Any) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
-    def _arrive(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
-        self._arrived = True
-
-    def _note(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not self._arrived:
-                self._outputs.setdefault(name, []).append(map_tensors(output, _stand_in))
-
-        return hook
-
-    def tail(self, x: Tensor, args: tuple[Any, ...] = ()) -> Tail:
-        """The part behind the layer, for the batch of the recorded pass."""
-        return Tail(self.model, self.name, self._outputs, x, args)
-
-
-class Tail:
-    """Runs the part of the host behind a layer: `tail(output)` is the host's logits had the layer returned `output`.
-
-    Exact where the layer is a cut, that is where nothing computed before it is used behind it; `Site.skippable` tells
-    whether that was verified. Otherwise, with `outputs` None, the whole host runs and only this output is replaced.
-    The host gets a copy: in-place operations behind the layer leave `output` as it was.
-    """
-
-    def __init__(
-        self, model: nn.Module, name: str, outputs: dict[str, list[Any]] | None, x: Tensor, args: tuple[Any, ...] = ()
-    ) -> None:
-        self.model, self.name, self.outputs, self.x, self.args = model, name, outputs, x, args
-
-    def __call__(self, output: Any) -> Tensor:
-        output = map_tensors(output, Tensor.clone)
-        if self.outputs is None:
-            with replace_output(self.model, self.name, lambda _original: output):
-                return run_host(self.model, self.x, self.args)
-        with contextlib.ExitStack() as restore:
-            arrived = [False]
-
-            def arrive(*_args: Any, **_kwargs: Any) -> Any:
-                arrived[0] = True
-                return output
-
-            restore.enter_context(_forward(find_module(self.model, self.name), arrive))
-            for name, outputs in self.outputs.items():
-                module = find_module(self.model, name)
-                restore.enter_context(_forward(module, _skip(module.forward, outputs, arrived)))
-            logits = run_host(self.model, self.x, self.args)
-            if not arrived[0]:
-                raise RuntimeError(
-                    f"layer {self.name!r} did not run in the forward pass; name a layer that the model calls"
-                )
-            return logits
-
-
-def _skip(forward: Callable[..., Any], outputs: list[Any], arrived: list[bool]) -> Callable[..., Any]:
-    remaining = iter(outputs)
-
-    def skipped(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if arrived[0] else next(remaining)
-
-    return skipped
-
-
-@contextlib.contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give the module another `forward` for a while; an instance's own one (accelerate sets such) comes back."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own

@@ -10,18 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ib_explain.hooks import (
-    Tail,
-    TailRecorder,
-    capture,
-    find_module,
-    frozen,
-    map_tensors,
-    module_name,
-    replace_output,
-    run_host,
-    unwrap,
-)
+from ib_explain.hooks import capture, find_module, frozen, map_tensors, module_name, replace_output, run_host, unwrap
+from ib_explain.tails import Tail, TailRecorder
 from tests.models import TinyCNN
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
