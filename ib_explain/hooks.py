@@ -1,7 +1,7 @@
 """Hooks on the host. Each lives in a context that always restores.
 
-`frozen` lends the host in eval mode, `capture` reads outputs, `replace_output` changes one (`ib_explain.tails` runs what
-lies behind one). None of them changes a parameter, and none swallows an exception that it did not raise itself.
+`frozen` lends the host in eval mode, `capture` reads outputs, `replace_output` changes one; what lies behind one is run
+by `ib_explain.tails`. None of them changes a parameter, and none swallows an exception that it did not raise itself.
 """
 
 from __future__ import annotations
