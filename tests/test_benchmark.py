@@ -149,6 +149,22 @@ def test_what_several_methods_and_metrics_share_is_scored_once(host, x):
     assert sum(rows) == 1 + 3 * 6 + 2 * 2 * 2 * 6
 
 
+def test_perturbations_that_no_map_enters_are_scored_once_for_all_methods(host, x):
+    def run(methods):
+        rows = []
+        handle = host.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+        try:
+            return measure(host, [x], methods, ["sensitivity_n", "infidelity"], batch_size=4), sum(rows)
+        finally:
+            handle.remove()
+
+    (alone, least), (together, rows) = run(["edges"]), run(["random", "constant", "edges"])
+    assert rows == least
+    for metric in ("sensitivity_n", "infidelity"):
+        assert torch.equal(values(alone, "edges", metric), values(together, "edges", metric))
+        assert not torch.equal(values(together, "random", metric), values(together, "edges", metric))
+
+
 def test_cost_is_measured_once_and_by_arithmetic(host):
     board = measure(host, [images(10), images(4, seed=1)], ["grad_cam", "constant"], ["forward_passes", "time"])
     found = values(board, "grad_cam", "forward_passes")

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ib_explain.checks import check_positive_int
-from ib_explain.hooks import outside_inference_mode
 from ib_explain.metrics.base import Case, Curve, register_metric
 from ib_explain.metrics.perturbation import deletion_curve, insertion_curve, ranked_curve, rounding_error
 from ib_explain.metrics.probe import Probe
@@ -118,7 +117,6 @@ def _calibration(curve: Curve, maps: Tensor) -> Tensor:
     return _pearson(curve.scores.diff(dim=1), total.diff(dim=1) / counts.diff(), rounding_error(curve.scores))
 
 
-@outside_inference_mode()  # the host is asked outside of it, and fills the sums
 def _sensitivity(
     probe: Probe,
     maps: Tensor,
@@ -133,28 +131,49 @@ def _sensitivity(
     if not fractions or not all(0 < fraction < 1 for fraction in fractions):
         raise ValueError(f"fractions must be one or more numbers in (0, 1), got {fractions}")
     above = _above_minimum(maps)
-    pixels, size = above.shape[1], probe.x.shape[2:]
-    sizes = [max(1, round(fraction * pixels)) for fraction in fractions]
-    filled, _ = probe.filled(fill, score, seed=seed)
-    sums = above.new_empty(len(above), len(sizes) * sets)
+    pixels = above.shape[1]
+    sizes = tuple(max(1, round(fraction * pixels)) for fraction in fractions)
 
-    def draw(setting: int) -> Tensor:
-        # Seeded by its number, so that a set does not depend on how settings fall into forward passes.
-        order = torch.randperm(pixels, generator=generator_of(seed * 1_000_003 + setting))
-        return torch.zeros(pixels, dtype=torch.bool).index_fill_(0, order[: sizes[setting // sets]], True)
+    def asked() -> Tensor:
+        return _score_sets(probe, sizes, sets, fill, score, seed)
+
+    # The sets are the same for every map, and asking the host about them is all that takes time.
+    scores = probe.once((_score_sets, sizes, sets, fill, score, seed), asked) if isinstance(fill, str) else asked()
+    sums = _sum_over_sets(above, sizes, sets, seed)
+    drops = (probe.intact(score)[:, None] - scores).unflatten(1, (len(sizes), sets))
+    rounding = rounding_error(torch.cat([scores, probe.intact(score)[:, None]], dim=1))
+    correlations = _pearson(drops, sums, rounding[:, None])  # [B, N]
+    shares = torch.tensor(sizes, device=above.device) / pixels
+    return Curve(shares, correlations, correlations.nanmean(1), tied_share(maps))
+
+
+def _score_sets(probe: Probe, sizes: tuple[int, ...], sets: int, fill: str | Tensor, score: str, seed: int) -> Tensor:
+    """Scores of the images without each random set, by size: (B, len(sizes) * sets)."""
+    filled, _ = probe.filled(fill, score, seed=seed)
+    size = probe.x.shape[2:]
 
     def perturb(image: Tensor, setting: Tensor) -> Tensor:
         first, last = int(setting[0]), int(setting[-1])
-        removed = torch.stack([draw(s) for s in range(first, last + 1)]).to(above.device)[setting - first]  # [b, H*W]
-        sums[image, setting] = torch.where(removed, above[image], 0).sum(1)
+        drawn = [_draw_set(size.numel(), sizes[s // sets], s, seed) for s in range(first, last + 1)]
+        removed = torch.stack(drawn).to(filled.device)[setting - first]  # [b, H*W]
         return torch.where(removed.view(-1, 1, *size), filled[image], probe.x[image])
 
-    scores = probe.scores(sums.shape[1], perturb, score)
-    drops = (probe.intact(score)[:, None] - scores).unflatten(1, (len(sizes), sets))
-    rounding = rounding_error(torch.cat([scores, probe.intact(score)[:, None]], dim=1))
-    correlations = _pearson(drops, sums.unflatten(1, (len(sizes), sets)), rounding[:, None])  # [B, N]
-    shares = torch.tensor(sizes, device=above.device) / pixels
-    return Curve(shares, correlations, correlations.nanmean(1), tied_share(maps))
+    return probe.scores(len(sizes) * sets, perturb, score)
+
+
+def _draw_set(pixels: int, size: int, setting: int, seed: int) -> Tensor:
+    """`size` random pixels, (pixels,) bool. Seeded by its number: it does not depend on how sets share a pass."""
+    order = torch.randperm(pixels, generator=generator_of(seed * 1_000_003 + setting))
+    return torch.zeros(pixels, dtype=torch.bool).index_fill_(0, order[:size], True)
+
+
+def _sum_over_sets(values: Tensor, sizes: tuple[int, ...], sets: int, seed: int) -> Tensor:
+    """Sums of (B, H*W) values over the sets that `_score_sets` takes away: (B, len(sizes), sets)."""
+    sums = []
+    for n, size in enumerate(sizes):
+        chosen = [_draw_set(values.shape[1], size, n * sets + i, seed) for i in range(sets)]
+        sums.append(values @ torch.stack(chosen).to(values).T)
+    return torch.stack(sums, dim=1)
 
 
 def _pearson(changes: Tensor, values: Tensor, rounding: Tensor) -> Tensor:

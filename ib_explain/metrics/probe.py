@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,15 @@ __all__ = ["SCORES", "Probe"]
 
 SCORES = ("probability", "logit")
 
+T = TypeVar("T")
+
 
 class Probe:
     """Images, their target class and the host, asked again and again.
 
-    The intact images and each fully replaced one are scored once, however many curves end there. The host is used in
-    eval mode, without gradients, and handed back as it came after every question.
+    What no map enters is scored once, however many maps are measured: the intact images, each fully replaced one, and
+    what `once` is given. The host is used in eval mode, without gradients, and handed back as it came after every
+    question.
 
     Args:
         model: the host, (b, C, H, W) -> (b, K) logits.
@@ -38,7 +42,7 @@ class Probe:
         self.model = model
         self.x = check_images(x, device=host_device(model)).detach()
         self.batch_size = max(len(x), 32) if batch_size is None else check_positive_int(batch_size, "batch_size")
-        self._filled: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._known: dict[Hashable, Any] = {}
         with frozen(model) as host, torch.no_grad():
             logits = torch.cat([run_host(host, images).float() for images in self.x.split(self.batch_size)])
         self.target = resolve_target(target, logits)
@@ -55,14 +59,19 @@ class Probe:
     def filled(self, fill: str | Tensor, score: str = "probability", *, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Fully replaced images (B, C, H, W), see `perturb.fill_images`, and their scores (B,) float32."""
         column = _column(score)
-        if isinstance(fill, str) and (fill, seed) in self._filled:
-            images, scores = self._filled[fill, seed]
-            return images, scores[column]
-        images = fill_images(self.x, fill, seed=seed)
-        scores = self._ask(1, lambda image, _: images[image])[:, :, 0]
-        if isinstance(fill, str):
-            self._filled[fill, seed] = images, scores
+
+        def replaced() -> tuple[Tensor, Tensor]:
+            images = fill_images(self.x, fill, seed=seed)
+            return images, self._ask(1, lambda image, _: images[image])[:, :, 0]
+
+        images, scores = self.once(("filled", fill, seed), replaced) if isinstance(fill, str) else replaced()
         return images, scores[column]
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave when it was first asked for under this key; for what depends on the images alone."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
     def scores(self, settings: int, perturb: Callable[[Tensor, Tensor], Tensor], score: str = "probability") -> Tensor:
         """Score every image under every setting.

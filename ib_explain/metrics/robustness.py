@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ from ib_explain.hooks import frozen, run_host
 from ib_explain.metrics.base import Case, register_metric
 from ib_explain.metrics.probe import Probe
 from ib_explain.randomness import generator_of
-from ib_explain.targets import Target
+from ib_explain.targets import Target, target_scores
 
 __all__ = ["infidelity", "max_sensitivity"]
 
@@ -96,16 +97,26 @@ def _infidelity(probe: Probe, maps: Tensor | None, samples: int, normalize: bool
         largest = maps.abs().amax(dim=(1, 2), keepdim=True)
         maps = maps / torch.where(largest > 0, largest, 1)
     dtype = torch.promote_types(probe.x.dtype, torch.float32)  # of Captum's sums; the host gets its own
-    with frozen(probe.model) as host:
+    # The squares are the same for every map, and Captum asks for them in the same order.
+    known: list[Tensor] = probe.once((_infidelity, samples, seed), list)
+    calls = itertools.count()
+
+    def asked(copies: Tensor, target: Tensor) -> Tensor:
+        number = next(calls)
+        if number == len(known):
+            known.append(target_scores(run_host(host, copies.to(probe.x)).float(), target))
+        return known[number]
+
+    with frozen(probe.model) as host, torch.no_grad():
         for images, attributions, target in _groups(probe, probe.x.to(dtype), maps.to(dtype), probe.target):
             scores.append(
                 captum_infidelity(
-                    lambda copies: run_host(host, copies.to(probe.x)).float(),
+                    asked,
                     _Draws(squares, len(images)).hide,
                     images,
                     # The map counts once a pixel, whatever the number of channels.
                     (attributions[:, None] / channels).expand_as(images),
-                    target=target,
+                    additional_forward_args=target,
                     n_perturb_samples=samples,
                     max_examples_per_batch=_copies_at_once(probe, len(images), samples),
                     normalize=normalize,
