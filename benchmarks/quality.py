@@ -163,14 +163,17 @@ def parse() -> argparse.Namespace:
 
 
 def in_bf16(host: nn.Module) -> None:
-    """Let the host run under autocast to bfloat16; its logits, and all that is not the host, stay float32."""
-    device, forward = next(host.parameters()).device.type, host.forward
+    """Let the host run under autocast to bfloat16; its logits, and all that is not the host, stay float32.
 
-    def lower(x: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            return forward(x).float()
+    By its class, so that a copy runs its own modules.
+    """
+    kind = type(host)
 
-    host.forward = lower  # type: ignore[method-assign]
+    def lower(self: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return kind.forward(self, x).float()  # type: ignore[operator]
+
+    host.__class__ = type(kind.__name__, (kind,), {"forward": lower})
 
 
 def reference(options: argparse.Namespace) -> tuple[nn.Module, Data]:

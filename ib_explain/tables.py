@@ -52,19 +52,24 @@ class Notes:
             shared = max(counts) if len(counts) == 1 else 0
             if shared:
                 self._add(None, facts.name, f"undefined on {shared} of {images} images, which are left out")
+            told: dict[tuple[str, str], list[str]] = {}  # by what stands before and behind the methods' names
             for method in summary.methods:
                 cell = summary.cells[method, facts.name]
                 if cell.status == "not_applicable":
-                    self._add(method, facts.name, f"{method} does not apply: {cell.reason}")
+                    told.setdefault(("not applicable:", f"({cell.reason})"), []).append(method)
                 elif cell.failed:
                     rest = "; the mean is over the others" if cell.n else ""
-                    text = f"{method} failed on {cell.failed} of {images} images{rest}: {cell.reason}"
-                    self._add(method, facts.name, text)
+                    text = f"failed on {cell.failed} of {images} images{rest}: {cell.reason}"
+                    told.setdefault(("", text), []).append(method)
                 elif cell.status == "undefined":
-                    self._add(method, facts.name, f"{facts.name} is undefined on all images for {method}")
+                    told.setdefault((f"{facts.name} is undefined on all images for", ""), []).append(method)
                 elif cell.undefined and not shared:
-                    text = f"undefined on {cell.undefined} of {images} images for {method}, which are left out"
-                    self._add(method, facts.name, text)
+                    text = f"undefined on {cell.undefined} of {images} images, which are left out, for"
+                    told.setdefault((text, ""), []).append(method)
+            for (before, behind), methods in told.items():
+                names = "all methods" if len(methods) == len(summary.methods) > 1 else ", ".join(methods)
+                for method in methods:
+                    self._add(method, facts.name, " ".join(part for part in (before, names, behind) if part))
 
     def of(self, method: str | None, metric: str) -> int | None:
         """The number of the note to a cell, or to a whole column (method None), if there is one."""

@@ -33,7 +33,7 @@ def test_text_table_is_aligned_and_complete(board):
         assert len(points) == 1, "decimal points stand below each other"
     assert re.search(r"^ib +1\.00\* .* 0\.7\d+\* \[0\.\d+, 0\.\d+\]", lines[3])
     assert re.search(r"^rollout +– +n/a +\[\d\] +n/a", lines[6])
-    assert "rollout does not apply: no <attention> here" in text
+    assert "not applicable: rollout (no <attention> here)" in text
     assert "ib failed on 4 of 12 images; the mean is over the others: OutOfMemoryError: 2 GiB" in text
     assert "undefined on 1 of 12 images" in text
     assert "Means over 12 images with 95 % bootstrap percentile intervals (10000 resamples of images, seed 3)." in text
