@@ -38,11 +38,11 @@ from ib_explain.io import versions
 from ib_explain.metrics import METRICS, Case, count_passes
 from ib_explain.sources import Source
 
-STEPS = (16, 32, 64)
+STEPS = (25, 50, 100, 200)
 FITTING_IMAGES = (100, 300, 1000)
 REFINE = (0, 1, 2, 5, 10, 20, 40)
 MULTIPLES = (0.1, 0.5, 2.0, 10.0)  # of the default's beta
-RATE_STEPS = 38
+RATE_STEPS = 75
 SHOWN = ("insertion - deletion", "degradation_10_steps", "road_3_shares", "energy_inside")
 
 

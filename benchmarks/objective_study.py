@@ -1,6 +1,6 @@
 """What the parts of the objective bring: fits with a part left out or another setting, measured on held-out images.
 
-    python benchmarks/objective_study.py --weights FILE --data FOLDER [--images 150] [--steps 64] [--variants NAME,...]
+    python benchmarks/objective_study.py --weights FILE --data FOLDER [--images 150] [--steps 200] [--variants NAME,...]
 
 The host and the images are those of `quality.py --host reference --split train`: fitted on four fifths of the training
 images, measured on the last fifth, with the host in bfloat16. Validation images are not touched. Writes
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--images", type=int, default=150)
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--variants", type=lambda text: text.split(","), default=list(VARIANTS))
     options = parser.parse_args()
     options.split = "train"

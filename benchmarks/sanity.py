@@ -1,6 +1,6 @@
 """Do the maps follow the host, the class, and no seed? Sanity checks of fitted bottlenecks on the reference host.
 
-    python benchmarks/sanity.py --weights FILE --data FOLDER --fitted FOLDER [--images 96] [--cascade 24] [--steps 50]
+    python benchmarks/sanity.py --weights FILE --data FOLDER --fitted FOLDER [--images 96] [--cascade 24] [--steps 100]
 
 The host and its images are those of `quality.py --host reference`; --fitted is the folder `fitted` of its --out, with
 bottlenecks of two seeds or more. Writes results/quality/sanity.json and sanity.png:
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--fitted", type=Path, required=True)
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--cascade", type=int, default=24, help="images of the cascade")
-    parser.add_argument("--steps", type=int, default=50, help="of the fit to the randomised host")
+    parser.add_argument("--steps", type=int, default=100, help="of the fit to the randomised host")
     options = parser.parse_args()
     options.split = "val"
     host, data = quality.reference(options)

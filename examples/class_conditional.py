@@ -1,6 +1,6 @@
 """Two objects in a picture: `target=` asks where the evidence for each of them is.
 
-python examples/class_conditional.py [--steps 50]
+python examples/class_conditional.py [--steps 100]
 """
 
 import argparse
@@ -11,7 +11,7 @@ import ib_explain as ibx
 from ib_explain.data import CLASS_NAMES, Synthetic, demo_host
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("--steps", type=int, default=50, help="steps of the fit")
+parser.add_argument("--steps", type=int, default=100, help="steps of the fit")
 parser.add_argument("--images", type=int, default=1024, help="pictures to fit on")
 args = parser.parse_args()
 

@@ -1,6 +1,6 @@
 """What speaks for a class and what against it: relevance, in label bits whose sum is what the model knows of the class.
 
-python examples/for_and_against.py [--steps 100]
+python examples/for_and_against.py [--steps 200]
 """
 
 import argparse
@@ -9,7 +9,7 @@ import ib_explain as ibx
 from ib_explain.data import CLASS_NAMES, Synthetic, demo_host
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("--steps", type=int, default=100, help="steps of the fit")
+parser.add_argument("--steps", type=int, default=200, help="steps of the fit")
 parser.add_argument("--images", type=int, default=1024, help="pictures to fit on")
 args = parser.parse_args()
 

@@ -32,7 +32,7 @@ class Classifier(nn.Module):
 
 
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-parser.add_argument("--steps", type=int, default=150, help="steps to train the model")
+parser.add_argument("--steps", type=int, default=150, help="steps to train the model, and to fit the bottleneck")
 args = parser.parse_args()
 
 torch.manual_seed(0)
@@ -50,7 +50,7 @@ print(f"trained for {args.steps} steps, loss {loss.item():.2f}")
 for site in ibx.sites(model, input_size=(3, 64, 64)):
     print(f"{site.name:<10} {site.channels} channels on {site.grid}, leak {site.leak:.1%}, effect {site.effect:.0%}")
 
-ib = ibx.IBAttention(model, layer="early").fit(loader, steps=max(2, args.steps // 3))
+ib = ibx.IBAttention(model, layer="early").fit(loader, steps=args.steps)
 drawn = Synthetic(4, seed=2).batch(range(4))
 heat = ib.attribute(drawn.image)
 ibx.visualize(drawn.image, heat, mean=0.5, std=0.5).savefig("your_own_model.png")

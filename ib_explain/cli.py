@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps",
         type=_positive,
         metavar="N",
-        help="batches (default: 2,048 images, 4,096 with --reads features or --relevance)",
+        help="batches (default: 6,400 images, 12,800 with --reads features)",
     )
     fit.add_argument("--gate", default="gaussian", metavar="NAME", help="gaussian, noise or residual (gaussian)")
     fit.add_argument("--reads", default="gradient", metavar="WHAT", help="gradient or features (gradient)")

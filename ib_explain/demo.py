@@ -60,7 +60,7 @@ class DemoSettings:
     """
 
     fit_images: int = 2048
-    steps: int = 50
+    steps: int = 100
     test_images: int = 256
     rows: int = 2
 

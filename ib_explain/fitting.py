@@ -27,12 +27,11 @@ from ib_explain.progress import Progress
 from ib_explain.statistics import Moments, RunningMean, RunningMoments
 from ib_explain.training import PRECISIONS, FitSettings, Trainer
 
-__all__ = ["Statistics", "choose_precision", "default_steps", "doubts", "estimate_statistics", "launched", "train"]
+__all__ = ["Statistics", "choose_precision", "doubts", "estimate_statistics", "launched", "train"]
 
 STATISTICS_IMAGES = 2000
 # Of a fit whose number of steps is not given: without the gradient, evidence for a class has to be learned.
-DEFAULT_IMAGES = {"gradient": 2_048, "features": 4_096}
-FEWEST_STEPS = 50
+DEFAULT_IMAGES = {"gradient": 6_400, "features": 12_800}
 GRID_ALONE_IN_DOUBT = 0.9
 SHUT_IN_DOUBT = 0.05
 
@@ -61,12 +60,6 @@ def launched(device: torch.device) -> Iterator[Accelerator]:
     finally:
         if not theirs:  # the process group of a launch stays
             AcceleratorState._reset_state(reset_partial_state=not processes and accelerator.num_processes == 1)
-
-
-def default_steps(reads: str, relevance: bool, batch_size: int) -> int:
-    """Batches of a fit of which only the images in a batch are known; relevance takes as long as features alone."""
-    images = DEFAULT_IMAGES["features" if relevance else reads]
-    return max(FEWEST_STEPS, round(images / batch_size))
 
 
 def choose_precision(precision: str | None, accelerator: Accelerator) -> str:

@@ -22,8 +22,8 @@ from ib_explain.checks import check_images, check_maps, check_number, check_posi
 from ib_explain.data.batches import Batches, Share
 from ib_explain.files import check_replaceable, replace_folder
 from ib_explain.fitting import (
+    DEFAULT_IMAGES,
     choose_precision,
-    default_steps,
     doubts,
     estimate_statistics,
     launched,
@@ -189,8 +189,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         Args:
             data: iterable of (images, labels) or of images, normalised as the host expects: a DataLoader, a list, what
                 `timm.data.create_loader` gives. Training images: the statistics come from them.
-            steps: batches, with four steps of the optimiser on each (they share the host's clean pass); by default as
-                many as show 2,048 images, 4,096 with reads="features" or relevance=True, at least 50.
+            steps: batches, with two steps of the optimiser on each (they share the host's clean pass); by default as
+                many as show 6,400 images, 12,800 with reads="features", at least 100.
             beta: weight of the rate (`ib_explain.objective.rate`: the root of the nats a feature element, priced by
                 place) against the cross-entropy in nats; None for what is at stake in each image (the divergence of
                 the host's prediction from that with nothing let through), which carries over from layer to layer and
@@ -233,10 +233,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             check_images(first, name="images from data", channels=input_size_of(host)[0])
             place = find_place(host, self.layer_name, _size(first))
             self._check_place(place)
-            if steps is None:
-                steps = default_steps(self.reads, self.relevance, len(first) * batches.share.world)
+            by_default = max(100, round(DEFAULT_IMAGES[self.reads] / (len(first) * batches.share.world)))
             settings = FitSettings(
-                steps=check_positive_int(steps, "steps"),
+                steps=check_positive_int(by_default if steps is None else steps, "steps"),
                 beta=None if beta is None else float(beta),
                 lr=2e-3 if lr is None else float(lr),
                 objective=objective,

@@ -37,7 +37,7 @@ from ib_explain.relevance import LEAST_TYPICAL_BITS, coalitions, label_informati
 
 __all__ = ["PRECISIONS", "UPDATES", "FitSettings", "Trainer"]
 
-UPDATES = 4  # of the weights on each batch: they share the clean pass, which costs as much as a restricted one
+UPDATES = 2  # of the weights on each batch: they share the clean pass, which costs as much as the restricted one
 PRICE_RISES = 0.125  # share of the batches, of a fit without the gradient
 SHUT = 0.01  # of the batch's mean bits: an image that gets less, and loses its answer by it, has been closed for
 LOOK_AGAIN = 8  # batches until the fully closed and the fully open bottleneck are looked at again
