@@ -1,4 +1,4 @@
-"""Every measure of the package but those of human gaze: a leaderboard of the quick methods on the reference host.
+"""The measures of the package, but for human gaze: a leaderboard of the quick methods on the reference host.
 
     python benchmarks/all_measures.py --weights FILE --data FOLDER --fitted FOLDER --out FOLDER [--images 100] [--bf16]
 
@@ -30,6 +30,7 @@ from ib_explain.samples import TRUTHS
 
 BEST = "layer3"  # Grad-CAM's, by quality.py
 OWN = (*q.METRICS[2:4], "lattice", "passes")  # quality.py's own forms
+ELSEWHERE = ("model_randomisation",)  # a fitted bottleneck belongs to its host; sanity.py fits another one
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
     )
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     head = [
-        "# Every measure on the reference host",
+        "# All measures on the reference host",
         f"`python benchmarks/all_measures.py {' '.join(os.path.basename(word) for word in sys.argv[1:])}`",
         f"{options.images} {data.name}; {where}; the host in {'bfloat16' if options.bf16 else 'float32'}; "
         + ", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -84,7 +85,7 @@ def methods(host: torch.nn.Module, fitted: Path) -> dict[str, Any]:
 def measures() -> list[str]:
     """The package's own names, without those that need gaze."""
     gaze = set(TRUTHS) - {"masks"} | {"other", "baseline"}
-    return [name for name in METRICS if name not in OWN and not gaze & set(METRICS.get(name).needs)]
+    return [name for name in METRICS if name not in OWN + ELSEWHERE and not gaze & set(METRICS.get(name).needs)]
 
 
 if __name__ == "__main__":
