@@ -4,7 +4,9 @@
 
 Writes benchmarks/results/attribution_speed.json: for every comparison the median of the paired ratios, their range, and
 what was compared with what. Weights are random: only time and memory are measured. A bottleneck is fitted for two steps
-first; its cost does not depend on how well it is fitted.
+first; its cost does not depend on how well it is fitted. It sits at the ResNet's default layer, and in the ViT at a
+third of its depth, where the default layer of the trained one of quality.py is: that of random weights, whose class
+token gathers the image from the first block on, is the embedding.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from ib_explain.places import find_place
 from ib_explain.training import UPDATES, FitSettings, Trainer
 
 RESULTS = Path(__file__).parent / "results" / "attribution_speed.json"
-HOSTS = {"resnet50": "layer4", "vit_small_patch16_224": "blocks.10"}  # with the last stage for Captum's Grad-CAM
+LAYERS = {"resnet50": "layer3", "vit_small_patch16_224": "blocks.3"}
+LAST_STAGES = {"resnet50": "layer4", "vit_small_patch16_224": "blocks.10"}  # for Captum's Grad-CAM
 
 
 def main() -> None:
@@ -64,7 +67,8 @@ def main() -> None:
 
 def about(options: argparse.Namespace) -> dict[str, object]:
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"command": "python " + " ".join(sys.argv), "device": name, "batch": options.batch, "versions": versions()}
+    command = f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}"
+    return {"command": command, "device": name, "batch": options.batch, "layers": LAYERS, "versions": versions()}
 
 
 def build(name: str, options: argparse.Namespace, size: int = 224) -> tuple[nn.Module, Tensor]:
@@ -76,12 +80,12 @@ def attribute_works(name: str, options: argparse.Namespace) -> dict[str, Callabl
     """The things that are compared on one host, each a function without arguments."""
     host, x = build(name, options)
     data = [x[:4]] * 2
-    fitted = {reads: ibx.IBAttention(host, reads=reads) for reads in ("features", "gradient")}
+    fitted = {reads: ibx.IBAttention(host, LAYERS[name], reads=reads) for reads in ("features", "gradient")}
     for ib in fitted.values():
         ib.fit(data, steps=2, show_progress=False)
     site = fitted["gradient"].site
     module = dict(host.named_modules())[site.name]
-    last = dict(host.named_modules())[HOSTS[name]]
+    last = dict(host.named_modules())[LAST_STAGES[name]]
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -121,7 +125,7 @@ def attribute_works(name: str, options: argparse.Namespace) -> dict[str, Callabl
 def attribute(options: argparse.Namespace) -> dict[str, object]:
     """Fitted `attribute` against one forward pass, or one forward pass and one backward behind the site."""
     found = {}
-    for name in HOSTS:
+    for name in LAYERS:
         works = attribute_works(name, options)
         pairs = [
             ("attribute, features", "forward"),
@@ -141,7 +145,7 @@ def fit(options: argparse.Namespace) -> dict[str, object]:
     Timed are all steps on a batch, which share a clean pass, and divided by their number.
     """
     found: dict[str, object] = {}
-    for name in HOSTS:
+    for name in LAYERS:
         for reads in ("features", "gradient"):
             found |= fit_one(name, reads, options)
     return found
@@ -149,7 +153,7 @@ def fit(options: argparse.Namespace) -> dict[str, object]:
 
 def fit_one(name: str, reads: str, options: argparse.Namespace) -> dict[str, object]:
     host, x = build(name, options)
-    ib = ibx.IBAttention(host, reads=reads).fit([x[:4]] * 2, steps=2, show_progress=False)
+    ib = ibx.IBAttention(host, LAYERS[name], reads=reads).fit([x[:4]] * 2, steps=2, show_progress=False)
     settings = FitSettings(1000, 1.0, 1e-3, "prediction", "fp32", 0)
     found = {}
     with frozen(host), launched(x.device) as accelerator:
@@ -251,7 +255,7 @@ def per_image(options: argparse.Namespace) -> dict[str, object]:
 def memory(options: argparse.Namespace) -> dict[str, object]:
     """Peak memory of a fitted `attribute` against the same passes by hand, each in a process of its own."""
     found = {}
-    for name in HOSTS:
+    for name in LAYERS:
         for work, against in [
             ("attribute, features", "forward"),
             ("attribute, gradient", "forward and backward behind the site"),
