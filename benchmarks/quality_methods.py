@@ -41,7 +41,7 @@ REFINE = 10
 RISE_MASKS = 4000
 RISE = f"rise {RISE_MASKS}"
 HOST_FREE = ("center_gaussian", "edges", "random")
-COUNTS = {"baselines": 13, "core": 20, "all": 39}  # methods of a run with one seed; each further seed has one
+COUNTS = {"baselines": 13, "core": 21, "all": 40}  # methods of a run with one seed; each further seed has one
 ENOUGH_REACHED = 0.5  # share of a layer's grid that the logits must read for a class activation map
 
 
@@ -172,13 +172,14 @@ def deep_energy(best: str, examples: Tensor) -> dict[str, Any]:
 
 
 def controls(host: nn.Module, ib: IBAttention, best: str, examples: Tensor) -> dict[str, Any]:
-    """What is left of our map's gain without its detail, without the image, and with its mass put anywhere."""
+    """What is left of our map's gain without its detail, without the image, with its mass anywhere, and by drawing."""
     heat = torch.cat([ib.attribute(part) for part in examples[:256].split(32)])
     heat = heat / heat.sum(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     grid = coarse_grid(host, ib)
     return {
         f"ib pooled to {grid[0]}x{grid[1]}": Pooled(ib, grid),
         f"grad_cam {best} x mean ib": Patterned(best, heat.mean(dim=0, keepdim=True)),
+        f"grad_cam {best} drawn as ib": Redrawn(best, resolve_site(host, best, input_size_of(host)).grid),
         "ib scattered": Scattered(ib),
     }
 
@@ -244,6 +245,19 @@ class Patterned:
 
     def __call__(self, call: Call) -> Tensor:
         return GradCAM()(replace(call, layer=self.layer)) * self.pattern.to(call.x.device)
+
+
+@dataclass(frozen=True)
+class Redrawn:
+    """Control: Grad-CAM brought from its grid to the image's size as our maps are."""
+
+    unit: ClassVar[str] = "gradient x feature"
+    layer: str
+    grid: tuple[int, int]
+
+    def __call__(self, call: Call) -> Tensor:
+        coarse = on_grid(GradCAM()(replace(call, layer=self.layer)), self.grid)
+        return spread(coarse.clamp_min(0)[:, None], call.size)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """Anchors and the attention network."""
 
+import math
+
 import pytest
 import torch
 
 from ib_explain.bottleneck.anchors import Anchors
 from ib_explain.bottleneck.attention import AttentionNetwork, Reading, class_evidence, unit_scale
-from ib_explain.maps import without_lattice
+from ib_explain.maps import spread, without_lattice
 
 
 def test_anchors_replace_by_the_nearest_value():
@@ -105,3 +107,20 @@ def test_a_lattice_is_taken_out_and_the_sum_stays():
     inner = even / even[..., 4:5, 6:7] / (smooth / smooth[4, 6])
     torch.testing.assert_close(inner[..., 2:-2, 2:-2], torch.ones(3, 1, 5, 8), rtol=1e-4, atol=1e-4)
     assert torch.equal(without_lattice(torch.zeros(1, 1, 3, 3)), torch.zeros(1, 1, 3, 3))
+
+
+@pytest.mark.parametrize("size", [(640, 640), (23, 37), (5, 4), (3, 2)])
+def test_a_resized_map_keeps_the_sum_and_an_even_one_stays_even(size):
+    amounts = torch.rand(2, 1, 5, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(spread(amounts, size).sum((2, 3)), amounts.sum((2, 3)))
+    torch.testing.assert_close(spread(torch.ones(1, 1, 5, 4), size), torch.full((1, 1, *size), 20 / math.prod(size)))
+    assert torch.equal(spread(torch.zeros(1, 1, 5, 4), size), torch.zeros(1, 1, *size))
+
+
+def test_a_resized_map_is_the_square_of_the_interpolated_roots():
+    alone = torch.zeros(1, 1, 5, 5)
+    alone[0, 0, 2, 2] = 9.0
+    fine = spread(alone, (500, 500))[0, 0]
+    # Along an axis the root falls from 1 to 0 between centres; of its square's integral, 2/3, 7/12 lie within its cell.
+    assert fine[200:300, 200:300].sum().item() == pytest.approx(9 * (7 / 8) ** 2, rel=1e-3)
+    assert fine.max() == fine[249:251, 249:251].max() and fine[:, :150].sum() == 0
