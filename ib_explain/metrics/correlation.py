@@ -24,6 +24,7 @@ __all__ = ["SENSITIVITY_FRACTIONS", "dc", "ic", "sensitivity_n"]
 
 SENSITIVITY_FRACTIONS = tuple(0.01 * 80 ** (k / 15) for k in range(16))
 """16 values, log-spaced from 1 to 80 % of the pixels, as in the released evaluation of IBA."""
+_SETS_AT_ONCE = 100  # that a map is summed over: bounds the memory
 
 
 def ic(
@@ -170,10 +171,10 @@ def _draw_set(pixels: int, size: int, setting: int, seed: int) -> Tensor:
 def _sum_over_sets(values: Tensor, sizes: tuple[int, ...], sets: int, seed: int) -> Tensor:
     """Sums of (B, H*W) values over the sets that `_score_sets` takes away: (B, len(sizes), sets)."""
     sums = []
-    for n, size in enumerate(sizes):
-        chosen = [_draw_set(values.shape[1], size, n * sets + i, seed) for i in range(sets)]
-        sums.append(values @ torch.stack(chosen).to(values).T)
-    return torch.stack(sums, dim=1)
+    for settings in torch.arange(len(sizes) * sets).split(_SETS_AT_ONCE):
+        drawn = [_draw_set(values.shape[1], sizes[s // sets], s, seed) for s in settings.tolist()]
+        sums.append(values @ torch.stack(drawn).to(values).T)
+    return torch.cat(sums, dim=1).unflatten(1, (len(sizes), sets))
 
 
 def _pearson(changes: Tensor, values: Tensor, rounding: Tensor) -> Tensor:
