@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import quality
-import quality_methods as q
 import torch
 
 import ib_explain as ibx
@@ -29,7 +28,7 @@ from ib_explain.results import write_atomically
 from ib_explain.samples import TRUTHS
 
 BEST = "layer3"  # Grad-CAM's, by quality.py
-OWN = (*q.METRICS[2:4], "lattice", "passes")  # quality.py's own forms
+OWN = ("degradation_10_steps", "road_3_shares", "lattice", "passes")  # of quality.py
 ELSEWHERE = ("model_randomisation",)  # a fitted bottleneck belongs to its host; sanity.py fits another one
 
 

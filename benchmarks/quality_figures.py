@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ib_explain.bootstrap import pareto_front
 from ib_explain.contenders import contenders_of
-from ib_explain.figures import LIGHT
+from ib_explain.figures import LIGHT, log_axis
 from ib_explain.results import write_atomically
 from ib_explain.summary import MetricFacts, Summary
 from ib_explain.visualize import contact_sheet, visualize
@@ -76,8 +76,6 @@ def _panel(axes: Axes, summary: Summary, quality: MetricFacts, cost: MetricFacts
     names.sort(key=lambda m: cells[m, quality.name].mean)
     x, y = (np.array([cells[m, metric.name].mean for m in names]) for metric in (cost, quality))
     front = pareto_front(x, y, higher_is_better=quality.higher_is_better)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"{cost.unit} (log scale)")
     axes.set_ylabel(f"{quality.name.replace('_', ' ')}, {quality.unit}")
     axes.grid(color=LIGHT.rule, linewidth=0.6)
@@ -92,6 +90,7 @@ def _panel(axes: Axes, summary: Summary, quality: MetricFacts, cost: MetricFacts
         fill = colour if leads else LIGHT.paper
         axes.plot(at, cell.mean, "o", markersize=5, color=colour, markerfacecolor=fill, zorder=3)
     axes.margins(x=0.08)
+    log_axis(axes, x)
     low, high = axes.get_ylim()
     for name, at, value, colour, place in zip(names, x, y, colours, _apart(y, low, high), strict=True):
         axes.annotate(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
-__all__ = ["DARK", "LIGHT", "Plot", "Theme", "plots"]
+__all__ = ["DARK", "LIGHT", "Plot", "Theme", "log_axis", "plots"]
 
 WIDTH = 4.4  # inches: at a phone's width the text stays at about 10 pixels
 LONGEST_LABEL = 32  # characters of a method's name
@@ -161,7 +161,7 @@ def _cost_plot(summary: Summary, cost: MetricFacts, quality: MetricFacts, known:
                 zorder=3,
             )
         axes.margins(x=0.16, y=0.1)
-        _log_axis(axes, x)
+        log_axis(axes, x)
         axes.set_xlabel(f"{cost.name}: {cost.unit}" + " (log scale)" * bool((x > 0).any()))
         axes.set_ylabel(f"{quality.name}: {quality.unit}")
         if not quality.higher_is_better:
@@ -235,7 +235,7 @@ def _blank(theme: Theme, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _log_axis(axes: Axes, x: np.ndarray) -> None:
+def log_axis(axes: Axes, x: np.ndarray) -> None:
     """Make the x axis of drawn points logarithmic, from zero where some stand there, with ticks that keep apart."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
