@@ -80,7 +80,7 @@ def test_help_has_an_example_for_each_command_and_needs_no_torch():
         "except SystemExit as e: assert not e.code\n"
         "assert 'torch' not in sys.modules"
     )
-    for command in ("demo", "layers", "fit", "attribute"):
+    for command in ("demo", "layers", "fit", "attribute", "benchmark"):
         script = code.format(command)
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -189,22 +189,21 @@ def test_fit_resumes_only_what_was_interrupted(host, pictures, tmp_path, capsys)
 def test_a_fit_that_was_to_overwrite_is_resumed(bottleneck, host, pictures, tmp_path, capsys, monkeypatch):
     out = tmp_path / "ib"
     shutil.copytree(bottleneck, out)
-    words = ["fit", *host, "--data", pictures, "--split", "train", "--steps", 3, "--batch-size", 4, "--workers", 0]
+    words = ["fit", *host, "--data", pictures, "--split", "train", "--steps", 12, "--batch-size", 4, "--workers", 0]
     words = [str(word) for word in [*words, "--out", out]]
     done = Trainer.step
 
     def stops(self, *batch):
-        if self.step_number == 2:
+        if self.step_number == 11:
             raise KeyboardInterrupt
         done(self, *batch)
 
     monkeypatch.setattr(Trainer, "step", stops)
-    monkeypatch.setattr(IBAttention.fit, "__kwdefaults__", {**IBAttention.fit.__kwdefaults__, "every": 1})
     assert main([*words, "--overwrite"]) == 1
     assert "the same command with --resume" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "step", done)
     assert main([*words, "--resume"]) == 0
-    assert json.loads((out / "config.json").read_text())["record"]["settings"]["steps"] == 3
+    assert json.loads((out / "config.json").read_text())["record"]["settings"]["steps"] == 12
     (out / "notes.md").write_text("mine")
     capsys.readouterr()
     assert "holds other files (notes.md); name another folder" in fails(capsys, *words, "--overwrite")
@@ -267,7 +266,11 @@ def test_attribute_overwrites_its_own_maps_only(host, pictures, tmp_path, capsys
     assert "holds other files" in fails(capsys, *words)
     assert main([*words, "--overwrite", "--limit", "2"]) == 0
     assert main([*words, "--overwrite", "--limit", "1"]) == 0
-    assert (out / "0.npz").is_file() and not (out / "1.npz").exists() and (out / "data" / "features.npz").is_file()
+    assert (out / "0.npz").is_file() and (out / "data" / "features.npz").is_file()
+    assert not (out / "1.npz").exists() and not (out / "sheet.png").exists()
+    capsys.readouterr()
+    assert "99" in fails(capsys, *words, "--overwrite", "--target", "99")  # what is there stays until there is new
+    assert (out / "0.npz").is_file() and (out / "maps.csv").is_file()
 
 
 def test_attribute_does_not_read_its_own_pictures(host, pictures, tmp_path):

@@ -29,7 +29,7 @@ from ib_explain.commands.common import (
     plain_name,
     preprocess_for,
 )
-from ib_explain.commands.map_folder import MapFolder, plan_names
+from ib_explain.commands.map_folder import SHEET, MapFolder, plan_names
 from ib_explain.data.images import ImageFiles, LabelledImages, list_images, open_dataset
 from ib_explain.data.preprocessing import Preprocess
 from ib_explain.hooks import host_device
@@ -44,7 +44,7 @@ from ib_explain.visualize import contact_sheet, visualize
 
 __all__ = ["run"]
 
-SHEET, SHEET_IMAGES = "sheet.png", 48
+SHEET_IMAGES = 48
 LISTED = 12  # images named on the terminal; the table names all
 
 Pictures = ImageFiles | LabelledImages

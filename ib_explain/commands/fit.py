@@ -26,6 +26,8 @@ from ib_explain.io import FILES
 
 __all__ = ["run"]
 
+CHECKPOINT_EVERY = 10  # steps; a default fit may have no more than 100
+
 
 def run(args: argparse.Namespace) -> int:
     """Fit, save, and say what came out. With several processes, the first one writes and speaks."""
@@ -56,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
             objective=args.objective,
             precision=args.precision,
             checkpoint=checkpoint,
+            every=CHECKPOINT_EVERY,
             resume=args.resume,
         )
     except KeyboardInterrupt:

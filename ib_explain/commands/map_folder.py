@@ -17,11 +17,12 @@ from ib_explain.files import replace_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MapFolder", "plan_names"]
+__all__ = ["SHEET", "MapFolder", "plan_names"]
 
 RUN, TABLE = "run.json", "maps.csv"
 MADE_BY = {"made by": "ib-explain attribute"}  # tells our run.json from others
-RESERVED = ("sheet",)  # the contact sheet's
+SHEET = "sheet.png"
+RESERVED = ("sheet",)  # names that no image gets
 
 
 class MapFolder:
@@ -34,7 +35,7 @@ class MapFolder:
     Args:
         path: of the folder; made with the first map.
         command: what decides the maps, JSON values. A folder that the same command made is continued.
-        overwrite: remove the maps of another command, and replace files of the same names.
+        overwrite: the first new map replaces all that an earlier command made, and files of the same names.
 
     Raises:
         ValueError: the folder holds the maps of another command, or other files, and `overwrite` is off.
@@ -45,23 +46,27 @@ class MapFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; --out must name a folder")
         before = self._command()
-        if overwrite and before is not None:
-            self._remove_maps()
-        elif not overwrite and before is not None and before != command:
+        if not overwrite and before is not None and before != command:
             changed = [key for key in {**before, **command} if before.get(key) != command.get(key)]
             what = ", ".join(f"{key} {before.get(key)}, now {command.get(key)}" for key in changed[:3])
             raise ValueError(f"{self.path} holds maps of another command ({what}); name another --out or --overwrite")
-        elif not overwrite and before is None and self.path.is_dir() and any(self.path.iterdir()):
+        if not overwrite and before is None and self.path.is_dir() and any(self.path.iterdir()):
             raise ValueError(f"{self.path} holds other files; name another --out, or --overwrite to write among them")
         self.command = command
+        self._replaces = overwrite and before is not None  # until the first new map is there
 
     def holds(self, name: str, digest: Callable[[], str]) -> bool:
         """Whether this image is done: there may be the map of another one of that name, with another digest."""
+        if self._replaces:
+            return False
         there = self._raw(name).is_file() and self._picture(name).is_file()
         return there and self.read(name)[0].get("digest") == digest()
 
     def add(self, name: str, heat: Tensor, facts: dict[str, Any], figure: Figure) -> None:
         """Write one image's picture and its raw map (1, H, W); with the first one, what made them."""
+        if self._replaces:
+            self._remove_maps()
+            self._replaces = False
         if self._command() != self.command:
             with replace_file(self.path / RUN) as file:
                 file.write_text(json.dumps({**MADE_BY, **self.command}, indent=2) + "\n", encoding="utf-8")
@@ -104,13 +109,15 @@ class MapFolder:
         return {key: value for key, value in found.items() if key not in MADE_BY}
 
     def _remove_maps(self) -> None:
-        """Remove the pairs of picture and raw map; other files stay."""
+        """Remove the pairs of picture and raw map, the table and the sheet; other files stay."""
         for raw in self.path.rglob("*.npz"):
             with np.load(raw) as held:
                 ours = set(held.files) >= {"map", "image", "digest", "unit", "target"}
             if ours:
                 raw.with_suffix(".png").unlink(missing_ok=True)
                 raw.unlink()
+        for made in (RUN, TABLE, SHEET):
+            (self.path / made).unlink(missing_ok=True)
 
 
 def plan_names(sources: Sequence[tuple[Path, Path]]) -> list[str]:
