@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from ib_explain.cli import main
 from ib_explain.commands.map_folder import plan_names
 from ib_explain.hosts import class_names, load_host
-from ib_explain.ib import IBAttention
 from ib_explain.training import Trainer
 
 MODEL = ["test_resnet", "--input-size", "64", "--num-classes", "5"]
