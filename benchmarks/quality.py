@@ -11,7 +11,7 @@ is the demo's, the others are read from --hosts (see train_hosts.py).
 Bottlenecks are fitted on four fifths of the training images, or on synthetic pictures of their own. `--split train`
 measures on the last fifth, or on pictures kept for choosing between settings, and writes below --out alone; `--split
 val` is for final tables and writes to results/quality/HOST/ as well: table.md, table.json,
-cost_faithfulness.png, maps.png (a map for each of 64 images) and methods.png (the main methods on eight images).
+cost_faithfulness.png, maps.jpg (a map for each of 64 images) and methods.jpg (the main methods on eight images).
 
 In --out lie the fitted bottlenecks, a run of `ib_explain.benchmark` for each group of methods (all of which go on where
 they were stopped), and report/, the page of all together. After a change of the method delete its fits and runs, named
@@ -52,7 +52,7 @@ FIT_PICTURES = 4096  # synthetic ones
 SEEDS = {"fit": 31, "train": 32, "val": 33}  # of synthetic pictures; hosts are trained on others
 HELD_OUT = 5  # every fifth training image is not fitted on
 EXAMPLES = 1000  # fitting images for statistics of other methods
-SHEET = 64  # images of maps.png
+SHEET = 64  # images of maps.jpg
 FIT_LEFT_OUT = ("history", "versions", "data", "device")  # of a fit's record: long, or told elsewhere
 
 

@@ -1,8 +1,9 @@
-"""Pictures of `quality.py`: cost against faithfulness, and sheets of maps. Small PNG files, to be committed."""
+"""Pictures of `quality.py`: cost against faithfulness, and sheets of maps. Small files, to be committed."""
 
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from ib_explain.visualize import contact_sheet, visualize
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LARGEST = 400_000  # bytes of a file
+JPEG_QUALITY = 85  # sheets of photographs: as PNG they would take megabytes
 OURS, CAMS, OTHERS = LIGHT.colours[0], LIGHT.colours[1], LIGHT.colours[7]
 LEAST_PASSES = 0.1  # below, a method does not run the host
 
@@ -36,38 +37,36 @@ def cost_figure(summary: Summary, folder: Path) -> None:
     for axes, quality in zip(figure.subplots(1, len(qualities)), qualities, strict=True):
         _panel(axes, summary, quality, cost)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    save(folder / "cost_faithfulness.png", Image.open(buffer))
+    figure.savefig(buffer, format="png", pil_kwargs={"optimize": True})
+    write_atomically(folder / "cost_faithfulness.png", buffer.getvalue())
 
 
 def sheets(host: nn.Module, x: Tensor, methods: dict[str, Any], main: Sequence[str], folder: Path) -> None:
-    """Write maps.png, all images with their map by the first of `main`, and methods.png, eight under all of it."""
+    """Write maps.jpg, all images with their map by the first of `main`, and methods.jpg, eight under all of it."""
     contenders = {contender.name: contender for contender in contenders_of(methods, host)}
     with torch.no_grad():
         target = torch.cat([host(part) for part in x.split(32)]).argmax(dim=1)
     first = contenders[main[0]].explain(host, x, target, batch_size=32)
-    contact_sheet(x, first, folder / "maps.png", model=host, columns=8, thumbnail=64)
-    save(folder / "maps.png", Image.open(folder / "maps.png"))
+    with tempfile.TemporaryDirectory() as scratch:
+        sheet = contact_sheet(x, first, Path(scratch) / "maps.png", model=host, columns=8, thumbnail=64)
+        save_jpeg(folder / "maps.jpg", Image.open(sheet))
 
     few = slice(None, None, max(1, len(x) // 8))
     x, target = x[few][:8], target[few][:8]
-    maps = {name.split(" seed")[0]: contenders[name].explain(host, x, target) for name in main}
+    short = {name: name.split(" seed")[0] for name in main}
+    maps = {short[name]: contenders[name].explain(host, x, target) for name in main}
+    # Maps of one unit would share a scale; blanks before it, which nobody sees, give each method one of its own.
+    units = {short[name]: " " * (place + 1) + contenders[name].unit for place, name in enumerate(main)}
     buffer = io.BytesIO()
-    # Maps of one unit share a scale; here each method has its own.
-    visualize(x, maps, model=host, unit={name: name for name in maps}).savefig(buffer, format="png", dpi=72)
-    save(folder / "methods.png", Image.open(buffer))
+    visualize(x, maps, model=host, unit=units).savefig(buffer, format="png", dpi=72)
+    save_jpeg(folder / "methods.jpg", Image.open(buffer))
 
 
-def save(path: Path, image: Image.Image) -> None:
-    """Write a PNG with a palette, of as many colours as its size allows."""
-    content = b""
-    for colours in (256, 128, 64, 32):
-        buffer = io.BytesIO()
-        image.convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
-        content = buffer.getvalue()
-        if len(content) <= LARGEST:
-            break
-    write_atomically(path, content)
+def save_jpeg(path: Path, image: Image.Image) -> None:
+    """Write a sheet of photographs."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    write_atomically(path, buffer.getvalue())
 
 
 def _panel(axes: Axes, summary: Summary, quality: MetricFacts, cost: MetricFacts) -> None:
