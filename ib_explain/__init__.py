@@ -1,8 +1,7 @@
 """Information-bottleneck spatial attention for any timm classifier: heatmaps in bits, compared with every baseline.
 
->>> import ib_explain as ibx
->>> sorted(ibx.__all__)[:3]
-['IBAttention', 'attribute', 'available_methods']
+`attribute` makes maps by any method, `IBAttention` is the bottleneck that is fitted once, `benchmark` compares methods
+by metrics, `visualize` draws. The packages `data`, `methods` and `metrics` are open to users, too.
 """
 
 from __future__ import annotations

@@ -13,11 +13,15 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 __all__ = ["main"]
 
+Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+
 DONE, FAILED, MISTAKE = 0, 1, 2
+LAYER = "dotted name of a layer"
+METHODS = "ib,grad_cam,layer_cam,br_npa,integrated_gradients,center_gaussian,random"  # that `benchmark` compares
 FILE_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
@@ -62,10 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for add in (_add_demo, _add_layers, _add_fit, _add_attribute, _add_benchmark):
+        add(commands)
+    return parser
 
+
+def _add_demo(commands: Commands) -> None:
     demo = commands.add_parser(
         "demo",
-        help="the whole path on pictures with known evidence; offline, about a minute",
+        help="the whole path on pictures with known evidence; offline, about two minutes",
         description="Fit a bottleneck on a small shipped classifier of synthetic pictures, draw maps, and measure "
         "whether they find the evidence, beside Grad-CAM and a centred Gaussian. Needs no data and no network.",
         epilog="example:\n  ib-explain demo --out ib-demo\n",
@@ -74,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--overwrite", action="store_true", help="replace the results of an earlier demo")
     _compute(demo, batch_size=None)
 
+
+def _add_layers(commands: Commands) -> None:
     layers = commands.add_parser(
         "layers",
         help="where a bottleneck can sit in a model, and how well each layer cuts",
@@ -83,11 +94,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples:\n  ib-explain layers vit_small_patch16_224\n"
         "  ib-explain layers resnet18 --input-size 128 --out sites.csv\n",
     )
-    _host(layers)
+    _host(layers, layer="dotted name of one layer (default: all)")
     _compute(layers, batch_size=None)
-    layers.add_argument("--out", type=Path, metavar="FILE", help="write the table as CSV, too")
+    layers.add_argument("--out", type=Path, metavar="FILE", help="also write the table as CSV")
     layers.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
 
+
+def _add_fit(commands: Commands) -> None:
     fit = commands.add_parser(
         "fit",
         help="fit a bottleneck to a model, once, on training images",
@@ -97,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         "  ib-explain fit resnet50 --pretrained --data imagenet --split train --out resnet50-ib\n"
         "  ib-explain fit resnet18 --checkpoint flowers.safetensors --num-classes 102 --data flowers.tar\n",
     )
-    _host(fit)
+    _host(fit, layer=f"{LAYER} (default: `ib_explain.default_layer`'s)")
     _data(fit)
     _compute(fit, batch_size=64)
     fit.add_argument(
@@ -106,17 +119,27 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="batches (default: 6,400 images, 12,800 with --reads features)",
     )
-    fit.add_argument("--gate", default="gaussian", metavar="NAME", help="gaussian, noise or residual (gaussian)")
-    fit.add_argument("--reads", default="gradient", metavar="WHAT", help="gradient or features (gradient)")
-    fit.add_argument("--anchors", type=_natural, default=0, metavar="N", help="learnable levels of attention (0: none)")
-    fit.add_argument("--relevance", action="store_true", help="learn label bits, too, for attribute --output")
-    fit.add_argument("--objective", default="prediction", metavar="WHAT", help="prediction or label (prediction)")
-    fit.add_argument("--precision", metavar="TYPE", help="fp32, bf16 or fp16 (the launcher's, else fp32)")
+    fit.add_argument(
+        "--gate", default="gaussian", metavar="NAME", help="gaussian, noise or residual (default: gaussian)"
+    )
+    fit.add_argument("--reads", default="gradient", metavar="WHAT", help="gradient or features (default: gradient)")
+    fit.add_argument(
+        "--anchors", type=_natural, default=0, metavar="N", help="learnable levels of attention (default: 0, none)"
+    )
+    fit.add_argument(
+        "--relevance", action="store_true", help="also learn label bits, for `attribute --output relevance`"
+    )
+    fit.add_argument(
+        "--objective", default="prediction", metavar="WHAT", help="prediction or label (default: prediction)"
+    )
+    fit.add_argument("--precision", metavar="TYPE", help="fp32, bf16 or fp16 (default: the launcher's, else fp32)")
     _out(fit, "folder of the bottleneck", "MODEL-ib")
     again = fit.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue an interrupted fit")
     again.add_argument("--overwrite", action="store_true", help="replace a bottleneck of that name")
 
+
+def _add_attribute(commands: Commands) -> None:
     attribute = commands.add_parser(
         "attribute",
         help="maps of images: a picture and the raw numbers of each",
@@ -127,23 +150,32 @@ def _parser() -> argparse.ArgumentParser:
         "  ib-explain attribute resnet50 --pretrained --bottleneck resnet50-ib --refine 10 cat.jpg --target 281\n"
         "  ib-explain attribute resnet50 --pretrained --data imagenet --split val --limit 1000\n",
     )
-    _host(attribute)
+    _host(attribute, layer=f"{LAYER} (default: the method's own)")
     attribute.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="files, or folders with all below")
     _data(attribute)
-    attribute.add_argument("--limit", type=_positive, metavar="N", help="the first N images alone")
+    attribute.add_argument("--limit", type=_positive, metavar="N", help="only the first N images")
     attribute.add_argument("--bottleneck", type=Path, metavar="FOLDER", help="a fitted bottleneck, from `fit`")
     attribute.add_argument("--target", type=int, metavar="CLASS", help="class index (default: the model's top-1)")
-    attribute.add_argument("--method", default="ib", metavar="NAME", help="any method (ib)")
+    attribute.add_argument("--method", default="ib", metavar="NAME", help="attribution method (default: ib)")
     attribute.add_argument(
-        "--refine", type=_natural, default=0, metavar="K", help="per-image steps on top of a fitted bottleneck (0)"
+        "--refine",
+        type=_natural,
+        default=0,
+        metavar="K",
+        help="per-image steps on top of a fitted bottleneck (default: 0)",
     )
     attribute.add_argument(
-        "--output", default="bits", metavar="WHAT", help="of a fitted bottleneck: bits, attention or relevance (bits)"
+        "--output",
+        default="bits",
+        metavar="WHAT",
+        help="bits, attention or relevance; all but bits need --bottleneck (default: bits)",
     )
     _compute(attribute, batch_size=32)
     _out(attribute, "folder of the maps", "MODEL-maps")
     attribute.add_argument("--overwrite", action="store_true", help="replace the maps of another command")
 
+
+def _add_benchmark(commands: Commands) -> None:
     benchmark = commands.add_parser(
         "benchmark",
         help="compare methods by metrics: a leaderboard and one page that explains it",
@@ -156,31 +188,46 @@ def _parser() -> argparse.ArgumentParser:
         "    --methods ib,grad_cam,score_cam --metrics insertion,deletion,energy_inside,time\n"
         "  ib-explain benchmark resnet50 --pretrained --gaze etocvd --metrics nss,cc\n",
     )
-    _host(benchmark)
+    _host(benchmark, layer=f"{LAYER}, for all methods (default: each method's own)")
     _data(benchmark)
     benchmark.add_argument("--boxes", type=Path, metavar="CSV", help="boxes of the data: file,xmin,ymin,xmax,ymax")
     benchmark.add_argument("--gaze", type=Path, metavar="FOLDER", help="instead of --data: images with human gaze")
     benchmark.add_argument(
-        "--images", type=_positive, dest="count", metavar="N", help="N of the images, evenly over the data (all)"
+        "--images",
+        type=_positive,
+        dest="count",
+        metavar="N",
+        help="N of the images, evenly over the data (default: all)",
     )
-    benchmark.add_argument("--methods", metavar="A,B", help="names, or all (seven quick ones)")
-    benchmark.add_argument("--metrics", metavar="A,B", help="names, or all that the data allows (a few of each kind)")
+    benchmark.add_argument("--methods", default=METHODS, metavar="A,B", help=f"names, or all (default: {METHODS})")
+    benchmark.add_argument(
+        "--metrics", metavar="A,B", help="names, or all that the data allows (default: a few of each kind)"
+    )
     benchmark.add_argument("--bottleneck", type=Path, metavar="FOLDER", help="a fitted one takes part as `ib_fitted`")
-    benchmark.add_argument("--reference", default="grad_cam", metavar="NAME", help="what others are held against")
-    benchmark.add_argument("--target", default="prediction", metavar="WHAT", help="explain prediction or label")
+    benchmark.add_argument(
+        "--reference",
+        default="grad_cam",
+        metavar="NAME",
+        help="method that the others are compared with (default: grad_cam)",
+    )
+    benchmark.add_argument(
+        "--target",
+        default="prediction",
+        metavar="WHAT",
+        help="class to explain: prediction or label (default: prediction)",
+    )
     _compute(benchmark, batch_size=32)
     _out(benchmark, "folder of the results", "MODEL-benchmark")
-    return parser
 
 
-def _host(parser: argparse.ArgumentParser) -> None:
+def _host(parser: argparse.ArgumentParser, *, layer: str) -> None:
     parser.add_argument("model", metavar="MODEL", help="timm's name of the model, or hf-hub:OWNER/NAME")
     group = parser.add_argument_group("model")
     group.add_argument("--pretrained", action="store_true", help="timm's weights")
     group.add_argument("--checkpoint", type=Path, metavar="FILE", help="your weights, a state dict as timm saves it")
     group.add_argument("--num-classes", type=_positive, metavar="N", help="number of classes, if not the model's own")
     group.add_argument("--input-size", type=_size, metavar="N|HxW", help="size of the input, if not the model's own")
-    group.add_argument("--layer", metavar="NAME", help="dotted name of a layer (the default layer)")
+    group.add_argument("--layer", metavar="NAME", help=layer)
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
@@ -188,21 +235,27 @@ def _data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", type=Path, metavar="ROOT", help="folder of class folders, of images, or a tar file")
     group.add_argument("--split", metavar="NAME", help='folder or tar file in ROOT, such as "train" or "val"')
     group.add_argument("--dataset", default="", metavar="NAME", help='data by timm\'s name, such as "hfds/..."')
-    group.add_argument("--workers", type=_natural, default=2, metavar="N", help="processes that read images (2)")
+    group.add_argument(
+        "--workers", type=_natural, default=2, metavar="N", help="processes that read images (default: 2)"
+    )
 
 
 def _compute(parser: argparse.ArgumentParser, *, batch_size: int | None) -> None:
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
-    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of everything random (0)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="random seed (default: 0)")
     if batch_size is not None:
         parser.add_argument(
-            "--batch-size", type=_positive, default=batch_size, metavar="N", help=f"images at a time ({batch_size})"
+            "--batch-size",
+            type=_positive,
+            default=batch_size,
+            metavar="N",
+            help=f"images at a time (default: {batch_size})",
         )
 
 
 def _out(parser: argparse.ArgumentParser, what: str, default: str) -> None:
     fixed = None if default.startswith("MODEL") else Path(default)
-    parser.add_argument("--out", type=Path, default=fixed, metavar="DIR", help=f"{what} ({default})")
+    parser.add_argument("--out", type=Path, default=fixed, metavar="DIR", help=f"{what} (default: {default})")
 
 
 def _positive(text: str) -> int:
@@ -261,9 +314,7 @@ def _mistake(error: Exception) -> str | None:
     This package checks what it is given and raises these types with one line; the same types from deeper inside (torch,
     timm) are failures, whose traceback is needed. Errors about files are about the files that the user named.
     """
-    if isinstance(
-        error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError | IsADirectoryError
-    ):
+    if isinstance(error, FILE_ERRORS):
         return f"{error.strerror}: {error.filename}" if error.filename else str(error)
     text = str(error).strip()
     if "DataLoader worker process" in text:  # torch puts the traceback of the worker into the message

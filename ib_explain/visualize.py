@@ -430,4 +430,7 @@ def _note(values: np.ndarray, unit: str) -> str:
     low, high = float(values.min()), float(values.max())
     if low == high:
         return "all zero" if low == 0 else f"constant {low:.3g}"
-    return f"{values.sum(dtype=np.float64):.3g} bits in all" if in_bits(unit) else ""
+    if not in_bits(unit):
+        return ""
+    total = float(values.sum(dtype=np.float64))
+    return f"{total:,.0f} {unit} in total" if abs(total) >= 1000 else f"{total:.3g} {unit} in total"

@@ -103,7 +103,7 @@ def test_zero_and_constant_maps_are_drawn_and_named(x):
     maps[2, 0, :5, :5] = 1.0
     figure = visualize(x, maps)
     said = texts(figure)
-    assert "all zero" in said and "constant 0.25" in said and "25 bits in all" in said
+    assert "all zero" in said and "constant 0.25" in said and "25 bits in total" in said
     plain = drawn(figure.axes[1])
     assert (np.ptp(plain.astype(int), axis=2) == 0).all()  # grey all over: no colour was invented
     washed = drawn(figure.axes[3]).astype(float)
@@ -117,7 +117,7 @@ def test_a_figure_of_zeros_alone_has_no_scale(x):
 
 
 def test_the_sum_in_bits_is_written_only_for_bits(x, heat):
-    assert f"{heat[0].sum():.3g} bits in all" in texts(visualize(x, heat))
+    assert f"{heat[0].sum():.3g} bits in total" in texts(visualize(x, heat))
     assert not any("in all" in text for text in texts(visualize(x, heat, unit="attention")))
 
 

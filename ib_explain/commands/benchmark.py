@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from ib_explain.sources import BATCH
 
 __all__ = ["run"]
 
-METHODS_BY_DEFAULT = ("ib", "grad_cam", "layer_cam", "br_npa", "integrated_gradients", "center_gaussian", "random")
 METRICS_BY_DEFAULT = ("insertion", "deletion", "degradation_8", "time")
 WITH_TRUTH = {
     "masks": ("pointing_game", "energy_inside", "top_share"),
@@ -37,9 +37,11 @@ FITTED = "ib_fitted"
 def run(args: argparse.Namespace) -> int:
     """Measure what is not measured yet, write everything, and say how the methods stand."""
     truths = ("masks",) if args.boxes else ("fixations", "density") if args.gaze else ()
-    methods = _named(args.methods, METHODS, METHODS_BY_DEFAULT)
+    methods = _named(args.methods, METHODS)
     by_default = [*METRICS_BY_DEFAULT, *(name for truth in truths for name in WITH_TRUTH[truth])]
-    metrics = _named(args.metrics, METRICS, by_default, lacking=set(TRUTHS) - set(truths))
+    metrics = by_default
+    if args.metrics is not None:
+        metrics = _named(args.metrics, METRICS, lacking=set(TRUTHS) - set(truths))
     _check(args)
     fitted_size = None
     if args.bottleneck is not None:
@@ -72,21 +74,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _named(given: str | None, registry: Any, by_default: Any, lacking: set[str] | None = None) -> list[str]:
+def _named(given: str, registry: Any, *, lacking: Collection[str] = ()) -> list[str]:
     """The names that an option lists; "all" are all that the data allows."""
-    if given is None:
-        return list(by_default)
     names = [name for name in (word.strip() for word in given.split(",")) if name]
     if names == ["all"]:
-        return [name for name in registry if not _lacks(registry.get(name), lacking or set())]
+        return [name for name in registry if not _lacks(registry.get(name), lacking)]
     for name in names:
         registry.get(name)
     return list(dict.fromkeys(names))
 
 
-def _lacks(entry: Any, lacking: set[str]) -> bool:
+def _lacks(entry: Any, lacking: Collection[str]) -> bool:
     needs = set(getattr(entry, "needs", ()))
-    return bool(needs & lacking) or ("other" in needs and "fixations" in lacking)
+    return not needs.isdisjoint(lacking) or ("other" in needs and "fixations" in lacking)
 
 
 def _check(args: argparse.Namespace) -> None:
