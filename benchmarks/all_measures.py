@@ -21,10 +21,10 @@ import quality
 import torch
 
 import ib_explain as ibx
+from ib_explain.files import write_file
 from ib_explain.hosts import pick_device
 from ib_explain.io import versions
 from ib_explain.metrics import METRICS
-from ib_explain.results import write_atomically
 from ib_explain.samples import TRUTHS
 
 BEST = "layer3"  # Grad-CAM's, by quality.py
@@ -65,8 +65,8 @@ def main() -> None:
         + ", ".join(f"{name} {version}" for name, version in versions().items()),
     ]
     folder = quality.RESULTS / "reference"
-    write_atomically(folder / "all_measures.md", "\n\n".join([*head, board.to_markdown()]))
-    write_atomically(folder / "all_measures.csv", board.to_csv())
+    write_file(folder / "all_measures.md", "\n\n".join([*head, board.to_markdown()]))
+    write_file(folder / "all_measures.csv", board.to_csv())
     print(board)
 
 

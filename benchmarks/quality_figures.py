@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ib_explain.bootstrap import pareto_front
 from ib_explain.contenders import contenders_of
 from ib_explain.figures import LIGHT, log_axis
-from ib_explain.results import write_atomically
+from ib_explain.files import write_file
 from ib_explain.summary import MetricFacts, Summary
 from ib_explain.visualize import contact_sheet, visualize
 
@@ -38,7 +38,7 @@ def cost_figure(summary: Summary, folder: Path) -> None:
         _panel(axes, summary, quality, cost)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", pil_kwargs={"optimize": True})
-    write_atomically(folder / "cost_faithfulness.png", buffer.getvalue())
+    write_file(folder / "cost_faithfulness.png", buffer.getvalue())
 
 
 def sheets(host: nn.Module, x: Tensor, methods: dict[str, Any], main: Sequence[str], folder: Path) -> None:
@@ -66,7 +66,7 @@ def save_jpeg(path: Path, image: Image.Image) -> None:
     """Write a sheet of photographs."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
-    write_atomically(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def _panel(axes: Axes, summary: Summary, quality: MetricFacts, cost: MetricFacts) -> None:

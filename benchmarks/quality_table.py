@@ -12,10 +12,11 @@ from typing import Any
 from quality_figures import cost_figure
 from quality_methods import SEVEN
 
+from ib_explain.files import write_file
 from ib_explain.leaderboard import Leaderboard
 from ib_explain.metrics import METRICS
 from ib_explain.report import Pictures
-from ib_explain.results import RunStore, write_atomically
+from ib_explain.results import RunStore
 from ib_explain.rows import Row
 from ib_explain.summary import Interval, MetricFacts, Summary, summarise
 from ib_explain.tables import ABSENT, Notes, shown_mean_rank, verdict
@@ -132,7 +133,7 @@ def write(board: Leaderboard, roles: Roles, about: dict[str, Any], folder: Path)
     text += ["## Mean rank of `ib` by seed and layer", f"Among the methods of up to {CHEAP:g} passes, [95 % interval]."]
     text += ["\n".join(f"- `{ib}`: {r.mean:.2f} [{r.low:.2f}, {r.high:.2f}]" for ib, r in by_seed.items())]
     text += ["## Lattice", _lattice_text(grid, roles)]
-    write_atomically(folder / "table.md", "\n\n".join(text) + "\n")
+    write_file(folder / "table.md", "\n\n".join(text) + "\n")
 
     numbers = about | {"best_grad_cam": roles.best, "measures": {name: facts(name).protocol for name in SEVEN}}
     numbers |= {
@@ -150,7 +151,7 @@ def write(board: Leaderboard, roles: Roles, about: dict[str, Any], folder: Path)
         "lattice": {m: _numbers(grid.cells[m, "lattice"]) for m in order},
         "lattice_minus_features": {m: _numbers(grid.differences[m, "lattice"]) for m in roles.seeds},
     }
-    write_atomically(folder / "table.json", _json(numbers))
+    write_file(folder / "table.json", _json(numbers))
     cost_figure(summarise(rows, [GAP, facts("degradation_10_steps"), facts("passes")], methods=ranked), folder)
 
 

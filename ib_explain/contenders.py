@@ -114,7 +114,7 @@ def _contender(name: Any, given: Any, model: nn.Module) -> Contender:
         raise TypeError(f"only registered methods take a layer here, got one for {_called(method)}")
     check_host(method, model)
     run = method_runner(method, options)
-    facts = _facts(method, run, options, model)
+    facts = _facts(method, run, options)
     label, told = _called(method), {key: value for key, value in options.items() if _is_short(value)}
     if isinstance(layer, str):
         find_module(unwrap(model), layer)
@@ -154,7 +154,7 @@ def _called(method: Any) -> str:
     return "function" if own == "<lambda>" else str(own)
 
 
-def _facts(method: Any, run: Any, options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+def _facts(method: Any, run: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(method, IBAttention):
         facts: dict[str, Any] = {"method": "IBAttention", "fitted": method.fitted, "gate": method.gate}
         facts |= {"layer": method.layer_name, "reads": method.reads, "seed": method.seed}

@@ -35,13 +35,7 @@ __all__ = ["DemoSettings", "run_demo"]
 REFERENCE = 64  # pictures whose features' statistics the per-image maps use
 FIT_SEED, TEST_SEED = 11, 12  # of the pictures; the host was trained on others
 NUMBERS, FIGURE, BOTTLENECK = "demo.json", "demo.png", "bottleneck"
-OURS, REFINED, PER_IMAGE, GRAD_CAM, CENTRE = (
-    "IB, fitted",
-    "IB, refined",
-    "IB, per image",
-    "Grad-CAM",
-    "centred Gaussian",
-)
+OURS, PER_IMAGE, GRAD_CAM, CENTRE = "IB, fitted", "IB, per image", "Grad-CAM", "centred Gaussian"
 
 
 MapOf = Callable[[Tensor, Tensor], Tensor]

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-__all__ = ["check_replaceable", "current_folder", "remove_folder", "replace_file", "replace_folder"]
+__all__ = ["check_replaceable", "current_folder", "remove_folder", "replace_file", "replace_folder", "write_file"]
 
 
 @contextlib.contextmanager
@@ -26,6 +26,14 @@ def replace_file(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Write a whole file by `replace_file`: a reader, or a crash, finds the old one or the new one, never a half."""
+    with replace_file(path) as file, file.open("wb") as stream:
+        stream.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ib_explain.bottleneck.module import Bottleneck
 from ib_explain.checks import check_images
 from ib_explain.data.batches import Batches
-from ib_explain.hooks import host_device
+from ib_explain.hooks import host_device, host_dtype
 from ib_explain.observation import observe
 from ib_explain.places import Place
 from ib_explain.progress import Progress
@@ -117,10 +117,9 @@ def estimate_statistics(
 
 def _prepare(x: Tensor, host: nn.Module) -> Tensor:
     device = host_device(host)
-    dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float32)
     if not x.is_floating_point():
         check_images(x, name="images from data")
-    return check_images(x.to(device, dtype, non_blocking=True), name="images from data")
+    return check_images(x.to(device, host_dtype(host), non_blocking=True), name="images from data")
 
 
 def train(

@@ -25,6 +25,7 @@ __all__ = [
     "find_module",
     "frozen",
     "host_device",
+    "host_dtype",
     "map_tensors",
     "module_name",
     "outside_inference_mode",
@@ -60,6 +61,11 @@ def host_device(model: nn.Module) -> torch.device:
     model = unwrap(model)
     tensor = next(iter(model.parameters()), next(iter(model.buffers()), None))
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def host_dtype(model: nn.Module) -> torch.dtype:
+    """The precision of the host's first floating-point parameter; float32 for a host without parameters."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def weights_state(model: nn.Module) -> int:

@@ -155,9 +155,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         Raises:
             RuntimeError: before `fit`.
         """
-        if self._bottleneck is None:
-            raise RuntimeError("this IBAttention is not fitted; call .fit(data) or IBAttention.load(path, model) first")
-        return self._bottleneck
+        return self._require_fitted()
 
     @property
     def site(self) -> Site:
@@ -252,10 +250,10 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 bottleneck = self._empty(state["weights"], place).to(device)
             else:
                 bottleneck = self._start(host, place, batches, accelerator, show_progress)
-            save = None
-            if checkpoint is not None:
-                folder = Path(checkpoint)
-                save = lambda now: write_checkpoint(folder, bottleneck.state_dict(), description, now)  # noqa: E731
+
+            def save(now: dict[str, Any]) -> None:
+                write_checkpoint(Path(str(checkpoint)), bottleneck.state_dict(), description, now)
+
             record = train(
                 bottleneck,
                 host,
@@ -264,7 +262,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 settings,
                 accelerator,
                 state=state,
-                save=save,
+                save=None if checkpoint is None else save,
                 every=every,
                 show_progress=show_progress,
             )
@@ -360,7 +358,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             RuntimeError: not fitted, and no `attention` given.
         """
         if attention is None:
-            self.bottleneck  # noqa: B018 - says so if there is none
+            self._require_fitted()
         with frozen(self.forward_func) as host:
             if self._place is None and self.layer_name is None:
                 found = find_place(host, None, input_size_of(host))
@@ -391,7 +389,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             RuntimeError: not fitted.
             FileExistsError: the folder holds anything else.
         """
-        self.bottleneck  # noqa: B018 - says so if there is none
+        self._require_fitted()
         with replace_folder(path, FILES) as folder:
             self._save_pretrained(folder)
 
@@ -416,7 +414,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 f"{path} was fitted to a {fitted_to['architecture']} with other weights; fit again for bits that hold"
             )
             warn_user(told)
-        options = {name: config[name] for name in OPTIONS if name in config}  # files of 0.1 lack "relevance"
+        options = {name: config[name] for name in OPTIONS}
         self = cls(model, config["layer"], **options)
         channels, height, width = config["input_size"]
         with frozen(model) as host:
@@ -529,6 +527,11 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             relevance=found.classes if self.relevance else 0,
         )
         return bottleneck.to(host_device(host))
+
+    def _require_fitted(self) -> Bottleneck:
+        if self._bottleneck is None:
+            raise RuntimeError("this IBAttention is not fitted; call .fit(data) or IBAttention.load(path, model) first")
+        return self._bottleneck
 
     def _empty(self, tensors: dict[str, Tensor], place: Place) -> Bottleneck:
         """A bottleneck filled with stored tensors."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ib_explain.figures import plots
+from ib_explain.files import write_file
 from ib_explain.report import Pictures, case_metric, write_report
-from ib_explain.results import RunStore, write_atomically
+from ib_explain.results import RunStore
 from ib_explain.rows import CurveBatch, Row
 from ib_explain.summary import CurveSummary, Extreme, MetricFacts, Summary, extremes, summarise, summarise_curves
 from ib_explain.tables import csv_table, json_summary, markdown_tables, text_table
@@ -124,7 +125,7 @@ class Leaderboard:
         curves = self.mean_curves()
         (path / "figures").mkdir(exist_ok=True)
         for plot in plots(self.summary, curves):
-            write_atomically(path / "figures" / f"{plot.name}.png", plot.png())
+            write_file(path / "figures" / f"{plot.name}.png", plot.png())
         page = path / "report.html"
         write_report(page, self.summary, self.run, curves=curves, rows=self.rows, pictures=self.pictures)
         return page
@@ -134,7 +135,7 @@ class Leaderboard:
         path = Path(folder)
         self.store.copy_to(path)
         for kind, text in (("csv", self.to_csv()), ("json", self.to_json()), ("md", self.to_markdown())):
-            write_atomically(path / f"summary.{kind}", text)
+            write_file(path / f"summary.{kind}", text)
         return path
 
     def __str__(self) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.contenders import Contender
-from ib_explain.hooks import host_device
+from ib_explain.hooks import host_device, host_dtype
 from ib_explain.methods.base import NotApplicable
 from ib_explain.metrics import Case, Curve, Metric, centred_gaussian
 from ib_explain.metrics.perturbation import deletion_curve, insertion_curve
@@ -180,8 +180,7 @@ class _Others:
 
 def on_host(x: Tensor, host: nn.Module) -> Tensor:
     """Images in the host's precision, on its device."""
-    dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float32)
-    return x.to(host_device(host), dtype)
+    return x.to(host_device(host), host_dtype(host))
 
 
 def _measured(metric: Metric, images: int) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ib_explain.attribution import attribute
-from ib_explain.hooks import host_device
+from ib_explain.hooks import host_device, host_dtype
 
 __all__ = ["quantus_explain"]
 
@@ -49,6 +49,5 @@ def quantus_explain(model: nn.Module, inputs: Any, targets: Any = None, **kwargs
         raise ValueError(f"device must be the model's, {device}, got {asked}; move the model before")
     method = kwargs.pop("method", "ib")
     x = torch.as_tensor(np.asarray(inputs) if not isinstance(inputs, torch.Tensor) else inputs)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     target = None if targets is None else np.asarray(targets)
-    return attribute(model, x.to(device, dtype), target=target, method=method, **kwargs).cpu().numpy()
+    return attribute(model, x.to(device, host_dtype(model)), target=target, method=method, **kwargs).cpu().numpy()

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ib_explain.figures import DARK, LIGHT, Plot, plots
+from ib_explain.files import write_file
 from ib_explain.markup import Picture, cell, flat, grid, heading, image, named, scale, scroll, uri
-from ib_explain.results import write_atomically
 from ib_explain.rows import Row
 from ib_explain.summary import CurveSummary, Extreme, Interval, MetricFacts, Summary, extremes
 from ib_explain.tables import Notes, Shown, counted, number_format, reading, verdict
@@ -56,7 +56,7 @@ def write_report(
 ) -> None:
     """Write `report_html` to `path`, beside the name and then renamed."""
     page = report_html(summary, run, curves=curves, rows=rows, pictures=pictures)
-    write_atomically(Path(path), page)
+    write_file(Path(path), page)
 
 
 def report_html(

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ib_explain.files import write_file
 from ib_explain.rows import CurveBatch, Row, curves_to_npz, join_curves, read_curves, read_rows, rows_to_csv
 
-__all__ = ["RunStore", "check_folder", "write_atomically"]
+__all__ = ["RunStore", "check_folder"]
 
 FORMAT = 1
 OURS = ("rows.csv", "rows-*.csv", "summary.*", "report.html", "figures", "curves")
@@ -89,7 +90,7 @@ class RunStore:
             run["resumed"].append(extra)
         if rank == 0:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(path / "run.json", _json(run))
+            write_file(path / "run.json", _json(run))
         store = cls(path, run, rank, _temporary=temporary)
         store._clean()
         store._done = set(store._batches())
@@ -134,7 +135,7 @@ class RunStore:
         # Curves first: the rows are what makes a batch count, so a batch that counts has its curves.
         if curves:
             self._curves_path(batch).parent.mkdir(exist_ok=True)
-            write_atomically(self._curves_path(batch), curves_to_npz(curves))
+            write_file(self._curves_path(batch), curves_to_npz(curves))
         self._whole[batch] = True
         path = self._rows_path(self.rank)
         with path.open("ab") as file:
@@ -165,7 +166,7 @@ class RunStore:
 
         The file is the same to the byte for one process and for several, resumed or not.
         """
-        write_atomically(self.folder / "rows.csv", rows_to_csv(self._batches()))
+        write_file(self.folder / "rows.csv", rows_to_csv(self._batches()))
         for path in self.folder.glob("rows-*.csv"):
             path.unlink()
 
@@ -185,11 +186,11 @@ class RunStore:
         (folder / "curves").mkdir(parents=True, exist_ok=True)
         for path in (self._curves_path(batch) for batch in batches):
             if path.exists():
-                write_atomically(folder / "curves" / path.name, path.read_bytes())
-        write_atomically(folder / "rows.csv", rows_to_csv(batches))
+                write_file(folder / "curves" / path.name, path.read_bytes())
+        write_file(folder / "rows.csv", rows_to_csv(batches))
         for path in folder.glob("rows-*.csv"):
             path.unlink()
-        write_atomically(folder / "run.json", _json(self.run))
+        write_file(folder / "run.json", _json(self.run))
 
     def _rows_path(self, rank: int) -> Path:
         return self.folder / ("rows.csv" if rank == 0 else f"rows-{rank}.csv")
@@ -224,7 +225,7 @@ class RunStore:
             return
         batches, self.dropped = read_rows(path)
         if self.dropped:
-            write_atomically(path, rows_to_csv(batches))
+            write_file(path, rows_to_csv(batches))
 
 
 def check_folder(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -245,19 +246,6 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | 
         told = "; ".join(differences[:3])
         raise ValueError(f"{folder} holds another run: {told}{more}. Choose another folder, or the same settings")
     return run
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside the name and rename: a reader, or a crash, finds the old file or the new one, never half of one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _read_run(folder: Path) -> dict[str, Any] | None:

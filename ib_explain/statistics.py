@@ -29,12 +29,8 @@ class Moments:
     def to(self, device: torch.device) -> Moments:
         return Moments(self.mean.to(device), self.std.to(device), self.count)
 
-    def normalise(self, features: Tensor) -> Tensor:
-        """(R - mean) / std, in float32."""
-        return (features.float() - self.mean) / self.std
-
     def restore(self, normalised: Tensor) -> Tensor:
-        """mean + std * r: the inverse of `normalise`."""
+        """Normalised features r back to the host's: mean + std * r."""
         return torch.addcmul(self.mean, self.std, normalised)
 
 

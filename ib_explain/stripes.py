@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ib_explain.hooks import capture, frozen, host_device, run_host
+from ib_explain.hooks import capture, frozen, host_device, host_dtype, run_host
 from ib_explain.layouts import Layout, leaves
 from ib_explain.randomness import generator_of
 from ib_explain.readings import CERTAIN, FEW, STRIPES, Reader, choose
@@ -89,7 +89,7 @@ def _probe(
         found[name] = [r for (path, start), (_, rest) in pairs if (r := Reader.for_leaf(path, start, rest))]
 
     with frozen(model) as host, torch.no_grad():
-        batch = batch.to(host_device(host), _float_type(host))
+        batch = batch.to(host_device(host), host_dtype(host))
         # Two passes of different length: the axis whose size follows the number of images is the batch's. Layers that
         # run twice are refused where one is resolved; here the first output serves.
         with capture(host, names, at=keep, once=False, stop=True):
@@ -101,8 +101,4 @@ def _probe(
 
 def probe_batch(model: nn.Module, count: int, size: tuple[int, int, int]) -> Tensor:
     """`probe_images` on the model's device, in its precision."""
-    return probe_images(count, size, seed=0).to(host_device(model), _float_type(model))
-
-
-def _float_type(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return probe_images(count, size, seed=0).to(host_device(model), host_dtype(model))

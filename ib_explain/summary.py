@@ -220,7 +220,7 @@ def summarise(
         confidence=confidence,
         resamples=resampled.shape[0],
         seed=seed,
-        cells=_cells(rows, keyed(intervals[0]), images),
+        cells=_cells(rows, keyed(intervals[0])),
         differences=keyed(intervals[1]) if reference is not None else {},
         ranks=keyed(
             {
@@ -330,7 +330,7 @@ def _mean_ranks(
     return {method: MeanRank(float(mean), float(a), float(b), int(n)) for method, mean, a, b, n in columns}
 
 
-def _cells(rows: Sequence[Row], intervals: dict[tuple[str, str], Interval], images: int) -> dict[tuple[str, str], Cell]:
+def _cells(rows: Sequence[Row], intervals: dict[tuple[str, str], Interval]) -> dict[tuple[str, str], Cell]:
     counts: dict[tuple[str, str], Counter[str]] = {key: Counter() for key in intervals}
     reasons: dict[tuple[str, str], Counter[str]] = {key: Counter() for key in intervals}
     for row in rows:

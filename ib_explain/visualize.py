@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ib_explain.checks import check_images, check_maps, check_positive_int
+from ib_explain.files import replace_file
 from ib_explain.maps import in_bits
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def contact_sheet(
 
     Raises:
         TypeError, ValueError: as for `visualize`; a path that does not end in .png.
-        OSError: the folder does not exist or cannot be written.
+        OSError: the folder cannot be written; one that does not exist is made.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -201,12 +202,8 @@ def contact_sheet(
     box = ((page_w - bar_w) / 2 / page_w, 1 - (bar_y + 9) / page_h, bar_w / page_w, 9 / page_h)
     _draw_bar(figure.add_axes(box), common)
 
-    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        figure.savefig(beside, format="png", pil_kwargs={"optimize": True})
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replace_file(target) as file:
+        figure.savefig(file, format="png", pil_kwargs={"optimize": True})
     return target
 
 

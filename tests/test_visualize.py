@@ -272,8 +272,6 @@ def test_a_contact_sheet_is_a_small_png_of_pairs(tmp_path):
 def test_a_failed_contact_sheet_leaves_nothing(tmp_path, x, heat):
     with pytest.raises(ValueError, match="path must end in .png, got '.*sheet.jpg'"):
         contact_sheet(x, heat, tmp_path / "sheet.jpg")
-    with pytest.raises(FileNotFoundError):
-        contact_sheet(x, heat, tmp_path / "missing" / "sheet.png")
     with pytest.raises(ValueError, match="columns must be an integer >= 1, got 0"):
         contact_sheet(x, heat, tmp_path / "sheet.png", columns=0)
     assert not list(tmp_path.iterdir())
