@@ -186,7 +186,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
 
         Args:
             data: iterable of (images, labels) or of images, normalised as the host expects: a DataLoader, a list, what
-                `timm.data.create_loader` gives. Training images: the statistics come from them.
+                `timm.data.create_loader` gives. Training images, shuffled: the statistics come from the first ones.
             steps: batches, with two steps of the optimiser on each (they share the host's clean pass); by default as
                 many as show 6,400 images, 12,800 with reads="features", at least 100.
             beta: weight of the rate (`ib_explain.objective.rate`: the root of the nats a feature element, priced by

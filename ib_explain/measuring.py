@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -108,8 +107,7 @@ class Measure:
             maps = explain(self.host, x, target)
         except Exception as error:
             return {metric.name: _none(_measured(metric, len(x)), error) for metric in metrics}
-        case = replace(shared, maps=maps, target=target, explain=explain)
-        vars(case)["probe"] = shared.probe  # what the host says of the intact and the filled images holds for all maps
+        case = shared.with_maps(maps, explain)
         first = slice(COST_IMAGES)
         small = Case(self.host, x[first], maps[first], target[first], explain, batch_size=self.batch_size)
         found = {}

@@ -6,7 +6,7 @@ To add one: a function from a `Case` to scores (B,), NaN where undefined, under 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -85,6 +85,12 @@ class Case:
         if self.model is None or self.x is None:
             raise ValueError("this metric needs the model and its images, and the case holds none")
         return Probe(self.model, self.x, self.target, batch_size=self.batch_size)
+
+    def with_maps(self, maps: Tensor, explain: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Case:
+        """The same images and classes under another method; what no map enters is not computed again."""
+        case = replace(self, maps=maps, target=self.probe.target, explain=explain)
+        vars(case)["probe"] = self.probe
+        return case
 
     def once(self, function: Callable[..., Any], **settings: Any) -> Any:
         """Return `function(probe, maps, **settings)`, computed the first time only."""
