@@ -221,7 +221,7 @@ def _text(numbers: dict[str, Any], out: Path) -> str:
         f"host        classifier of 8 shapes, shipped trained; {host['accuracy']:.1%} right on "
         f"{settings['test_images']} new pictures",
         f"bottleneck  at {bottleneck['layer']!r}, {bottleneck['grid'][0]}x{bottleneck['grid'][1]} positions, fitted in "
-        f"{bottleneck['fit_seconds']:.0f} s; {bottleneck['bits_an_image']:.0f} bits an image keep "
+        f"{bottleneck['fit_seconds']:.0f} s; {bottleneck['bits_an_image']:.0f} bits per image keep "
         f"{bottleneck['agreement']:.1%} of the host's answers",
         "",
         f"Do the maps find the evidence? It covers {numbers['evidence_covers']:.1%} of the picture.",

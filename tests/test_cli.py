@@ -309,7 +309,7 @@ def test_relevance_is_fitted_and_drawn_where_it_is_asked_for(bottleneck, host, p
     assert "leave one out" in fails(capsys, *words, "--refine", 2)
     assert "did you mean 'relevance'" in fails(capsys, *words, "--output", "relevanse")
     assert main([str(word) for word in words]) == 0
-    assert "label bits an image" in capsys.readouterr().out
+    assert "label bits per image" in capsys.readouterr().out
     with np.load(tmp_path / "maps" / "a" / "0.npz") as raw:
         assert raw["unit"] == "label bits" and raw["bits"] == pytest.approx(raw["map"].sum(), abs=1e-4)
     words[words.index("relevance")] = "bits"  # another command must not mix its maps with these

@@ -257,7 +257,7 @@ def _report(path: Path, rows: Sequence[dict[str, Any]], before: int, unit: str) 
     if len(rows) > LISTED:
         print(f"... and {len(rows) - LISTED} more")
     known = f", {before} of them from before" if before else ""
-    mean = f"; {sum(row['bits'] for row in rows) / len(rows):.1f} {unit} an image" if rows and in_bits(unit) else ""
+    mean = f"; {sum(row['bits'] for row in rows) / len(rows):.1f} {unit} per image" if rows and in_bits(unit) else ""
     print(f"{len(rows)} maps{known}{mean}")
     if not rows:
         return

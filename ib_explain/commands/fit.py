@@ -93,7 +93,7 @@ def _findings(model: str, ib: IBAttention, out: Path, seconds: float) -> str:
     return (
         f"fitted {model} at {site.name!r}, a grid of {times(site.grid)} with {site.channels} channels, "
         f"in {seconds:.0f} s\n"
-        f"{record['final_bits']:.0f} bits an image keep {record['final_agreement']:.1%} of the model's answers "
+        f"{record['final_bits']:.0f} bits per image keep {record['final_agreement']:.1%} of the model's answers "
         f"(mean of the last steps, training images)\n"
         f"saved in {out}\n"
         f"next: ib-explain attribute {model} ... --bottleneck {out} IMAGE"

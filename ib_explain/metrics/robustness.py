@@ -29,7 +29,7 @@ def infidelity(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Tensor:
-    """Squared error of the map as a forecast of what hiding a square costs the target's logit. Lower is better.
+    """Squared error of the map as a prediction of what hiding a square costs the target's logit. Lower is better.
 
     Yeh et al. 2019 (arXiv 1901.09392, definition 2.1), computed by Captum, with squares set to 0: of side 1 to 10/28
     of the image's shorter side (their range on 28 x 28 digits), anywhere. The map's sum over the square stands against
@@ -41,12 +41,12 @@ def infidelity(
         maps: (B, 1, H, W) or (B, H, W).
         target: the explained classes; None is the host's top-1 on the intact images.
         samples: squares, the same for all images.
-        normalize: scale each map by the factor that forecasts best, as maps have no common unit.
+        normalize: scale each map by the factor that predicts best, as maps have no common unit.
         seed: of the squares.
         batch_size: images in one forward pass, see `Probe`.
 
     Returns:
-        (B,) float32, >= 0, in squared logits. A map of zeros forecasts nothing and gets the mean squared fall itself.
+        (B,) float32, >= 0, in squared logits. A map of zeros predicts nothing and gets the mean squared fall itself.
     """
     return _infidelity(Probe(model, x, target, batch_size=batch_size), maps, samples, normalize, seed)
 
@@ -213,7 +213,7 @@ def _copies_at_once(probe: Probe, images: int, samples: int) -> int:
 
 @register_metric("infidelity", family="perturbation", unit="squared logit", higher_is_better=False)
 def _infidelity_score(case: Case) -> Tensor:
-    """Infidelity: squared error of the best-scaled map as a forecast of the logit lost by hiding random squares."""
+    """Infidelity: squared error of the best-scaled map as a prediction of the logit lost by hiding random squares."""
     return case.once(_infidelity, samples=50, normalize=True, seed=case.seed)
 
 
