@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import ib_explain as ibx
+from ib_explain.commands.common import class_folders
 from ib_explain.data import BoxImages, open_dataset, preprocess, read_boxes
-from ib_explain.hosts import load_host
+from ib_explain.hosts import class_names, load_host
 from ib_explain.io import versions
 from ib_explain.metrics import boxes_to_masks, centred_gaussian, energy_inside, pointing_game
 from ib_explain.visualize import contact_sheet
@@ -63,7 +64,8 @@ def main() -> None:
     loader = DataLoader(
         torch.utils.data.Subset(val, chosen.tolist()), batch_size=options.batch, collate_fn=BoxImages.collate
     )
-    figures = measure(host, ib, loader)
+    names = class_names(host, folders=class_folders(val.images))
+    figures = measure(host, ib, loader, names)
     record = {k: v for k, v in (ib.record or {}).items() if k not in ("history", "data", "versions")}
     figures |= {
         "fit": record,
@@ -77,10 +79,13 @@ def main() -> None:
     print(json.dumps(figures, indent=2))
 
 
-def measure(host: torch.nn.Module, ib: ibx.IBAttention, loader: DataLoader) -> dict[str, object]:
+def measure(
+    host: torch.nn.Module, ib: ibx.IBAttention, loader: DataLoader, names: list[str] | None
+) -> dict[str, object]:
     """Means over images with standard errors; one page of pictures on the way."""
     rows: dict[str, list[Tensor]] = {}
     shown: list[tuple[Tensor, Tensor]] = []
+    titles: list[str] = []
     for batch in loader:
         x = batch.image
         masks = boxes_to_masks(batch.boxes, SIZE)
@@ -103,9 +108,11 @@ def measure(host: torch.nn.Module, ib: ibx.IBAttention, loader: DataLoader) -> d
             rows.setdefault(f"pointing/{name}", []).append(pointing_game(heat, masks))
         if sum(len(s[0]) for s in shown) < 36:
             shown.append((x, maps["ib"]))
+            for said, label in zip(own.tolist(), batch.label.tolist(), strict=True):
+                titles.append((names[said] if names else f"class {said}") + ("" if said == label else " (wrong)"))
     x, heat = (torch.cat(parts)[:36] for parts in zip(*shown, strict=True))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    contact_sheet(x, heat, RESULTS / f"contact_sheet_{ib.reads}.png", model=host)
+    contact_sheet(x, heat, RESULTS / f"contact_sheet_{ib.reads}.png", model=host, titles=titles[:36])
     result: dict[str, object] = {}
     for name, parts in rows.items():
         values = torch.cat(parts)
