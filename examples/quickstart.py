@@ -21,6 +21,7 @@ drawn = Synthetic(4, seed=2).batch(range(4))
 x = drawn.image
 
 heat = ibx.attribute(model, x)  # (B, 1, H, W), bits; nothing fitted: optimised for these images
+# Of features normalised by noise images, so on another scale than the bits of a fit on training images.
 print("per image:", [f"{bits:.0f} bits" for bits in heat.sum(dim=(1, 2, 3)).tolist()])
 
 ib = ibx.IBAttention(model).fit(loader, steps=args.steps)  # trains the bottleneck, never the model

@@ -2,10 +2,11 @@ import functools
 import weakref
 
 import pytest
+import timm
 import torch
 from torch import nn
 
-from ib_explain import attribute
+from ib_explain import IBAttention, attribute
 from ib_explain.metrics.cost import _metered, _peak_bytes, _time_ratios, count_passes, measure_cost
 from tests.models import images, tiny
 
@@ -208,3 +209,23 @@ def test_on_a_gpu():
     measured = measure_cost(model, x, saliency, rounds=3)
     assert (measured.forwards, measured.backwards) == (1.0, 1.0)
     assert measured.time_ratio > 1 and measured.memory_ratio > 1
+
+
+@pytest.mark.parametrize("reads", ["features", "gradient"])
+def test_a_fitted_map_takes_at_most_a_tenth_more_than_its_passes(reads):
+    """In arithmetic: one forward pass and, with the gradient, one backward pass behind the site."""
+    model = timm.create_model("resnet50", num_classes=10).eval()
+    x = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    ib = IBAttention(model, "layer3", reads=reads).fit([x], steps=1, show_progress=False)
+    forwards, backwards = count_passes(model, x, lambda _model, images, target: ib.attribute(images, target))
+
+    def by_hand(_model, images, target):
+        with torch.no_grad():
+            front = model.layer3(model.layer2(model.layer1(model.maxpool(model.act1(model.bn1(model.conv1(images)))))))
+        front.requires_grad_(reads == "gradient")
+        score = model.forward_head(model.layer4(front)).gather(1, target[:, None]).sum()
+        return torch.autograd.grad(score, front) if reads == "gradient" else score
+
+    plain = count_passes(model, x, by_hand)
+    assert plain[0] == pytest.approx(1.0) and (plain[1] > 0) == (reads == "gradient")
+    assert forwards + backwards <= 1.10 * sum(plain)
