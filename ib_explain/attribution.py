@@ -105,12 +105,18 @@ def method_runner(method: Any, options: dict[str, Any]) -> Callable[[Call], Any]
 
         def explain(call: Call) -> Any:
             x, classes = _copies(call)
-            return take(x, target=classes, **chosen)
+            with torch.enable_grad():
+                return take(x, target=classes, **chosen)
 
         return explain
     if callable(method):
         take_options(options, [], "a function")
-        return lambda call: method(call.model, *_copies(call))
+
+        def call_it(call: Call) -> Any:
+            with torch.enable_grad():  # whatever the caller's mode: gradients are what such functions are about
+                return method(call.model, *_copies(call))
+
+        return call_it
     raise TypeError(
         "method must be a name, a fitted IBAttention, an object with attribute(inputs, target=...) or a function "
         f"f(model, x, target), got {type(method).__name__}"
@@ -123,13 +129,21 @@ def _copies(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def check_host(method: Any, model: nn.Module) -> None:
-    """Refuse an `IBAttention` that belongs to another model.
+    """Refuse an `IBAttention`, or an object of Captum's, that belongs to another model.
 
     Raises:
         ValueError: it does.
     """
     from ib_explain.ib import IBAttention
 
+    theirs = getattr(method, "forward_func", None)
+    if not isinstance(method, IBAttention) and isinstance(theirs, nn.Module):
+        if all(module is not unwrap(model) for module in theirs.modules()):  # a wrapper of the model's is fine
+            raise ValueError(
+                f"the given {type(method).__name__} was made for another {type(unwrap(theirs)).__name__}, not for this "
+                f"{type(unwrap(model)).__name__}; make one for this very model"
+            )
+        return
     if isinstance(method, IBAttention) and method.host is not unwrap(model):
         raise ValueError(
             f"the given IBAttention belongs to another {type(method.host).__name__}, not to this "

@@ -228,6 +228,8 @@ def _facts(metric: Metric) -> dict[str, Any]:
     """What run.json says of a metric; the first four are what tables show."""
     facts: dict[str, Any] = {"family": metric.family, "unit": metric.unit, "higher_is_better": metric.higher_is_better}
     facts["protocol"] = (metric.__doc__ or "").strip().split("\n")[0]
+    if metric.derived:
+        facts["derived"] = True
     return facts | dict(CONVENTIONS.get(metric.name, {}))
 
 

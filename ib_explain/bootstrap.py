@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["average_ranks", "mean_without_nan", "pareto_front", "percentile_interval", "resampled_means"]
+__all__ = ["average_ranks", "mean_without_nan", "pairwise_ranks", "pareto_front", "percentile_interval"]
+__all__ += ["resampled_means"]
 
 
 def mean_without_nan(values: np.ndarray) -> np.ndarray:
@@ -79,6 +80,44 @@ def average_ranks(values: np.ndarray, *, higher_is_better: bool) -> np.ndarray:
     better = (other < mine) & ~equal
     ranks = 0.5 + better.sum(axis=-1) + 0.5 * equal.sum(axis=-1)  # each value equals itself: that half is the other 0.5
     return np.where(np.isnan(values), np.nan, ranks)
+
+
+def pairwise_ranks(
+    values: np.ndarray, *, higher_is_better: bool, resamples: int | None = None, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of columns that are not known on the same images: each pair is compared where both are.
+
+    A column's rank is 1 + those that are better than it + half of those that are equal, or share no image with it. So
+    none gains by having no value on hard images, and none changes by what happens to two others. With everything known
+    these are the ranks of the means.
+
+    Args:
+        values: (N, M), one row an image, NaN where undefined.
+        higher_is_better: direction.
+        resamples, seed: as for `resampled_means`.
+
+    Returns:
+        (M,) ranks, NaN for a column without a value, and (R, M) ranks of the bootstrap samples.
+    """
+    sign = 1.0 if higher_is_better else -1.0
+    there = np.flatnonzero((~np.isnan(values)).any(axis=0))
+    first, second = np.triu_indices(len(there), 1)
+    with np.errstate(invalid="ignore"):  # inf - inf: not to be compared
+        leads = sign * (values[:, there[first]] - values[:, there[second]])
+    rounding = 1e-12 * np.nanmax(np.abs(np.where(np.isfinite(values), values, np.nan)), initial=0.0)
+
+    def ranked(means: np.ndarray) -> np.ndarray:
+        """(R, pairs) mean leads to (R, M)."""
+        won = np.where(means > rounding, 1.0, np.where(means < -rounding, 0.0, 0.5))  # NaN is 0.5
+        ranks = np.full((len(means), values.shape[1]), np.nan)
+        ranks[:, there] = 1.0
+        for pair, (a, b) in enumerate(zip(there[first], there[second], strict=True)):
+            ranks[:, a] += 1 - won[:, pair]
+            ranks[:, b] += won[:, pair]
+        return ranks
+
+    samples = resampled_means(leads, resamples=resamples, seed=seed)
+    return ranked(mean_without_nan(leads)[None])[0], ranked(samples)
 
 
 def pareto_front(cost: np.ndarray, quality: np.ndarray, *, higher_is_better: bool) -> np.ndarray:

@@ -44,7 +44,7 @@ class Contender:
     run: Callable[[Call], Any]
     layer: str | nn.Module | None
     """The one it was given in its own options."""
-    fitted_to: nn.Module | None
+    made_for: nn.Module | None
     """The only host it can explain, or None for any."""
 
     def explain(
@@ -65,8 +65,8 @@ class Contender:
             NotApplicable: the method says so, or belongs to another host.
             Exception: whatever the method raises; ValueError for maps of another shape or with NaN.
         """
-        if self.fitted_to is not None and unwrap(model) is not self.fitted_to:
-            raise NotApplicable(f"{self.name} was fitted to another model and cannot explain this one")
+        if self.made_for is not None and unwrap(model) is not self.made_for:
+            raise NotApplicable(f"{self.name} was made for another model and cannot explain this one")
         kind = _AnyLayer if self.layer is None else Call
         chosen = layer if self.layer is None else self.layer
         maps = []
@@ -135,7 +135,8 @@ def _contender(name: Any, given: Any, model: nn.Module) -> Contender:
         facts=facts,
         run=run,
         layer=layer,
-        fitted_to=method.host if isinstance(method, IBAttention) else None,
+        # An object like Captum's was made for its model: it would answer for that one whatever it is given.
+        made_for=unwrap(model) if hasattr(method, "attribute") else None,
     )
 
 

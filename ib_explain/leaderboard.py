@@ -143,4 +143,5 @@ class Leaderboard:
 
 
 def _facts(name: str, told: Mapping[str, Any]) -> MetricFacts:
-    return MetricFacts(name, told["family"], told["unit"], told["higher_is_better"], told.get("protocol", ""))
+    shown = {key: told[key] for key in ("family", "unit", "higher_is_better", "protocol", "derived") if key in told}
+    return MetricFacts(name, **shown)

@@ -9,12 +9,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ib_explain.bootstrap import average_ranks, mean_without_nan, percentile_interval, resampled_means
+from ib_explain.bootstrap import (
+    average_ranks,
+    mean_without_nan,
+    pairwise_ranks,
+    percentile_interval,
+    resampled_means,
+)
 from ib_explain.checks import did_you_mean
 from ib_explain.rows import CurveBatch, Row
 
 __all__ = ["Cell", "CurveSummary", "Extreme", "Interval", "MeanRank", "MetricFacts", "Summary", "extremes", "summarise"]
 __all__ += ["summarise_curves"]
+
+
+COUNTED = ("perturbation", "localisation", "human")
+"""Families that count in the mean rank: what they prefer is a better map. A constant map is the least sensitive one and
+the most consistent, a sparse one may be wrong, and cost is a matter of its own."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +34,18 @@ class MetricFacts:
 
     name: str
     family: str
-    """Such as "perturbation"; metrics of the family "cost" are shown and ranked, but do not count in the mean rank."""
+    """Such as "perturbation"; all are ranked, those of `COUNTED` count in the mean rank."""
     unit: str
     higher_is_better: bool
     protocol: str = ""
     """One line: how it is measured, by whose rule."""
+    derived: bool = False
+    """Another metric's score by another scale: it does not count in the mean rank a second time."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether it counts in the mean rank, where any metric of a run does."""
+        return self.family in COUNTED and not self.derived
 
     @property
     def arrow(self) -> str:
@@ -76,8 +94,7 @@ class Summary:
     """All that the tables and the report show. Dictionaries are keyed by (method, metric) names."""
 
     methods: tuple[str, ...]
-    """By mean rank; methods that lack a rank in some metric come after those that have all. Ranks are over images on
-    which none failed that has a value elsewhere: none gains by failing."""
+    """By mean rank; methods that lack a rank in some metric that counts come after those that have all."""
     metrics: tuple[MetricFacts, ...]
     images: int
     reference: str | None
@@ -88,10 +105,11 @@ class Summary:
     differences: dict[tuple[str, str], Interval]
     """Method minus reference, over the images on which both are known; empty without a reference."""
     ranks: dict[tuple[str, str], Interval]
-    """1 is the best; only cells with a value."""
+    """1 is the best; only cells with a value. Two methods are compared over the images on which both have one."""
     mean_ranks: dict[str, MeanRank]
     ranked_metrics: int
-    """Metrics that count in the mean rank: not of the family "cost", and with at least two methods."""
+    """Metrics that count in the mean rank (`MetricFacts.counts`; all but costs where none does) and that at least two
+    methods have."""
 
     def best(self, metric: str) -> frozenset[str]:
         """The methods with the best mean; several if they tie."""
@@ -146,9 +164,9 @@ def summarise(
 
         mean        mean_i v_i(m, k) over the n images where it is defined;    Q_b of the samples' means
         difference  mean_i (v_i(m, k) - v_i(ref, k)) over the images where both are;    Q_b of the same, so it is paired
-        rank        1 + methods with a better mean + half of those with an equal one, over the images on which none of
-                    the methods with a value failed;    Q_b of the samples' ranks
-        mean rank   the mean of a method's ranks over metrics;    Q_b of the samples' mean ranks
+        rank        1 + methods with a better mean + half of those with an equal one, each over the images on which both
+                    are defined (`bootstrap.pairwise_ranks`);    Q_b of the samples' ranks
+        mean rank   the mean of a method's ranks over the metrics that count;    Q_b of the samples' mean ranks
 
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, sec. 6.2, 13.3.
 
@@ -180,12 +198,9 @@ def summarise(
     values = _values(rows, methods, names)  # [N, M, K]
     images, shape = values.shape[0], values.shape[1:]
 
-    compared = _without_failures(values, rows, methods, names)
     sides = [values]
     if reference is not None:
         sides.append(values - values[:, [methods.index(reference)]])
-    if compared is not values:
-        sides.append(compared)
     columns = np.concatenate([side.reshape(images, -1) for side in sides], axis=1)
     resampled = resampled_means(columns, resamples=resamples, seed=seed)
     parts = [part.reshape(-1, *shape) for part in np.split(resampled, len(sides), axis=1)]
@@ -196,12 +211,19 @@ def summarise(
     def keyed(found: dict[tuple[int, int], Interval]) -> dict[tuple[str, str], Interval]:
         return {(methods[m], names[k]): interval for (m, k), interval in found.items()}
 
-    means, ranked = mean_without_nan(compared), parts[0] if compared is values else parts[-1]
     ranks, rank_samples = np.empty(shape), np.empty(parts[0].shape)
     for k, facts in enumerate(metrics):
-        ranks[:, k] = average_ranks(means[:, k], higher_is_better=facts.higher_is_better)
-        rank_samples[:, :, k] = average_ranks(ranked[:, :, k], higher_is_better=facts.higher_is_better)
-    counting = [k for k, f in enumerate(metrics) if f.family != "cost" and (~np.isnan(ranks[:, k])).sum() > 1]
+        better = facts.higher_is_better
+        known = ~np.isnan(values[:, :, k])
+        if (known | ~known.any(axis=0) == known.any(axis=1)[:, None]).all():  # on the same images for all that have any
+            ranks[:, k] = average_ranks(mean_without_nan(values[:, :, k]), higher_is_better=better)
+            rank_samples[:, :, k] = average_ranks(parts[0][:, :, k], higher_is_better=better)
+        else:
+            ranks[:, k], rank_samples[:, :, k] = pairwise_ranks(
+                values[:, :, k], higher_is_better=better, resamples=resamples, seed=seed
+            )
+    several = [k for k in range(len(metrics)) if (~np.isnan(ranks[:, k])).sum() > 1]
+    counting = [k for k in several if metrics[k].counts] or [k for k in several if metrics[k].family != "cost"]
     mean_ranks = _mean_ranks(methods, ranks[:, counting], rank_samples[:, :, counting], confidence, images)
     low, high = percentile_interval(rank_samples, confidence)
     known = (~np.isnan(values)).sum(axis=0)
@@ -287,21 +309,6 @@ def _values(rows: Sequence[Row], methods: Sequence[str], metrics: Sequence[str])
             raise ValueError(f"image {row.image} has more than one row for {row.method!r}, {row.metric!r}")
         seen[place], values[place] = True, row.value
     return values
-
-
-def _without_failures(
-    values: np.ndarray, rows: Sequence[Row], methods: Sequence[str], metrics: Sequence[str]
-) -> np.ndarray:
-    """Values without the images on which a method failed that has a value on others: what all can be ranked by."""
-    images = {image: i for i, image in enumerate(sorted({row.image for row in rows}))}
-    method_at, metric_at = ({name: i for i, name in enumerate(names)} for names in (methods, metrics))
-    known = (~np.isnan(values)).any(axis=0)  # [M, K]
-    left_out = np.zeros((values.shape[0], values.shape[2]), dtype=bool)
-    for row in rows:
-        k = metric_at[row.metric]
-        if row.status == "failed" and known[method_at[row.method], k]:
-            left_out[images[row.image], k] = True
-    return np.where(left_out[:, None], np.nan, values) if left_out.any() else values
 
 
 def _intervals(

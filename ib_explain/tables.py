@@ -240,14 +240,21 @@ def json_summary(summary: Summary) -> str:
 
 def reading(summary: Summary) -> str:
     """What the numbers are and what the order is."""
-    cost = ", cost aside" if any(facts.family == "cost" for facts in summary.metrics) else ""
-    order = f"Ordered by the mean rank over {counted(summary.ranked_metrics, 'metric')}{cost}"
+    order = f"Ordered by the mean rank over {counted(summary.ranked_metrics, 'metric')}"
+    if aside := [facts.name for facts in summary.metrics if not facts.counts and _any_counts(summary)]:
+        order += f" ({', '.join(aside)} {'does' if len(aside) == 1 else 'do'} not count)"
+    elif any(facts.family == "cost" for facts in summary.metrics):
+        order += ", cost aside"
     if any(rank.metrics < summary.ranked_metrics for rank in summary.mean_ranks.values()):
         order += "; methods without a rank in some of them come last"
     return (
         f"Means over {counted(summary.images, 'image')} with {100 * summary.confidence:g} % bootstrap percentile "
         f"intervals ({summary.resamples} resamples of images, seed {summary.seed}). {order}."
     )
+
+
+def _any_counts(summary: Summary) -> bool:
+    return any(facts.counts for facts in summary.metrics)
 
 
 def _plain(cell: Cell) -> bool:

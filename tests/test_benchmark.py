@@ -38,6 +38,8 @@ from tests.benchmarking import batches, half_masks, measure, values
 from tests.models import images, tiny
 from tests.reporting import png
 
+SANITY = ["model_randomisation"]
+
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -390,3 +392,26 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     ):
         code, said = run(*more)
         assert code == 2 and message in said.err.splitlines()[-1], said.err
+
+
+def test_an_object_of_captums_is_held_to_the_model_it_was_made_for(host):
+    other, data = tiny("cnn"), [images(4)]
+    with pytest.raises(ValueError, match="the given Saliency was made for another .*; make one for this very model"):
+        measure(host, data, methods={"theirs": Saliency(other)})
+    with pytest.raises(ValueError, match="was made for another"):
+        ibx.attribute(host, data[0], method=Saliency(other))
+    wrapped = torch.nn.Sequential(host, torch.nn.Softmax(dim=1))
+    board = measure(host, data, methods={"own": Saliency(host), "wrapped": Saliency(wrapped)}, metrics=SANITY)
+    # A host with other weights is another model: such objects answer for their own whatever they are given.
+    assert {cell.status for cell in board.summary.cells.values()} == {"not_applicable"}
+
+
+def test_functions_that_take_gradients_work_under_no_grad(host):
+    def gradient(model, x, target):
+        x = x.requires_grad_()
+        return torch.autograd.grad(model(x).gather(1, target[:, None]).sum(), x)[0].abs().amax(1, keepdim=True)
+
+    with torch.no_grad():
+        board = measure(host, [images(2)], methods=[gradient, Saliency(host)], metrics=["sparsity_max_over_mean"])
+        assert ibx.attribute(host, images(2), method=gradient).std() > 0
+    assert {cell.status for cell in board.summary.cells.values()} == {"ok"}

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from captum.metrics import infidelity as captum_infidelity
 from torch import nn
 
 from ib_explain.metrics import METRICS, Case, infidelity, max_sensitivity
@@ -41,7 +42,7 @@ def gradient(model, x, target):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_contributions_of_a_linear_model_forecast_exactly(linear, normalize):
+def test_contributions_of_a_linear_model_predict_exactly(linear, normalize):
     model, x = linear
     target = torch.tensor([0, 1, 0, 1])
     maps = contributions(model, x, target)
@@ -59,8 +60,38 @@ def test_infidelity_by_hand(linear):
     sums = (squares[:, None, 0] * maps[None, :, 0]).sum((2, 3))
     plain = infidelity(model, x, maps, 0, samples=20, normalize=False, seed=5)
     torch.testing.assert_close(plain, (sums - falls).pow(2).mean(0))
-    scaled = sums * (sums * falls).mean(0) / sums.pow(2).mean(0)
+    scaled = sums * ((sums * falls).mean(0) / sums.pow(2).mean(0)).clamp_min(0)
     torch.testing.assert_close(infidelity(model, x, maps, 0, samples=20, seed=5), (scaled - falls).pow(2).mean(0))
+
+
+def test_a_map_that_points_the_wrong_way_is_no_better_than_one_of_zeros(linear):
+    model, x = linear
+    right = contributions(model, x, torch.zeros(4, dtype=torch.long))
+    nothing = infidelity(model, x, torch.zeros_like(right), 0)
+    torch.testing.assert_close(infidelity(model, x, -right, 0), nothing)
+    assert (infidelity(model, x, right, 0) < 1e-4 * nothing).all() and (infidelity(model, x, right, 0) >= 0).all()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_infidelity_agrees_with_captum(linear, normalize):
+    model, x = linear
+    right = contributions(model, x, torch.zeros(4, dtype=torch.long))
+    maps = right + 0.5 * torch.randn(4, 12, 12, generator=torch.Generator().manual_seed(1))  # of the right sign
+    squares = _squares(30, 12, 12, 3)
+
+    def hide(copies):
+        hidden = squares.repeat(len(copies) // 30, 1, 1, 1).expand_as(copies)
+        return hidden, copies * (1 - hidden)
+
+    theirs = captum_infidelity(
+        lambda images: model(images)[:, 0],
+        hide,
+        x,
+        (maps[:, None] / 3).expand_as(x),
+        n_perturb_samples=30,
+        normalize=normalize,
+    )
+    torch.testing.assert_close(infidelity(model, x, maps, 0, samples=30, seed=3, normalize=normalize), theirs)
 
 
 def test_a_map_of_zeros_gets_the_mean_squared_fall(linear):
@@ -121,6 +152,17 @@ def test_an_empty_map_has_no_relative_change(linear):
     model, x = linear
     scores = max_sensitivity(model, x, lambda model, x, target: (x * (x[:, :1, :1, :1] > x[0, 0, 0, 0])).sum(1))
     assert scores.isnan()[0] and not scores.isnan().all()
+
+
+def test_a_function_that_takes_gradients_needs_no_enable_grad_of_its_own(linear):
+    model, x = linear
+
+    def plain_gradient(model, x, target):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(model(x).gather(1, target[:, None]).sum(), x)[0].abs().amax(1, keepdim=True)
+
+    with torch.no_grad():
+        assert max_sensitivity(model, x, plain_gradient, samples=2).tolist() == [0, 0, 0, 0]
 
 
 # Both.

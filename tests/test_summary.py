@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ib_explain.bootstrap import average_ranks, pareto_front, percentile_interval, resampled_means
+from ib_explain.bootstrap import average_ranks, pairwise_ranks, pareto_front, percentile_interval, resampled_means
 from ib_explain.report import _finding
 from ib_explain.rows import CurveBatch, Row
 from ib_explain.summary import MetricFacts, extremes, summarise, summarise_curves
@@ -219,6 +219,53 @@ def test_a_method_is_not_ranked_better_than_its_twin_for_the_images_it_failed_on
     assert summary.cells["flaky", "insertion"].mean > summary.cells["same", "insertion"].mean
     assert summary.ranks["flaky", "insertion"].mean == summary.ranks["same", "insertion"].mean == 1.5
     assert summary.best("insertion") == {"flaky", "same"}
+
+
+def test_a_method_gains_nothing_by_abstaining_on_hard_images():
+    honest = np.array([0.9, 0.8, 0.2, 0.1])
+    abstains = np.array([0.9, 0.8, np.nan, np.nan])
+    values = {("honest", "insertion"): honest, ("abstains", "insertion"): abstains, ("low", "insertion"): honest / 2}
+    summary = summarise(rows_of(values), [UP])
+    assert summary.cells["abstains", "insertion"].mean > summary.cells["honest", "insertion"].mean
+    assert [summary.ranks[m, "insertion"].mean for m in ("honest", "abstains", "low")] == [1.5, 1.5, 3.0]
+
+
+def test_what_happens_to_one_method_does_not_reorder_others():
+    generator = np.random.default_rng(0)
+    good, bad = generator.normal(0.6, 0.1, 40), generator.normal(0.4, 0.1, 40)
+    good[:3], bad[:3] = 0.1, 0.9  # the images on which the flaky one has values
+    flaky = np.where(np.arange(40) < 3, 0.5, np.nan)
+    values = {("good", "insertion"): good, ("bad", "insertion"): bad, ("flaky", "insertion"): flaky}
+    before = summarise(rows_of(dict(list(values.items())[:2])), [UP])
+    after = summarise(rows_of(values), [UP])
+    assert before.methods[:2] == ("good", "bad")
+    assert after.methods.index("good") < after.methods.index("bad")
+    # Against the flaky one each is compared on the three images, where the bad one is better and the good one worse.
+    assert [after.ranks[m, "insertion"].mean for m in ("good", "bad", "flaky")] == [2.0, 2.0, 2.0]
+
+
+def test_pairwise_ranks_of_complete_values_are_the_ranks_of_the_means():
+    values = np.random.default_rng(0).normal(size=(30, 5))
+    values[:, 3] = values[:, 1]
+    ranks, samples = pairwise_ranks(values, higher_is_better=True, resamples=200, seed=3)
+    np.testing.assert_array_equal(ranks, average_ranks(values.mean(axis=0), higher_is_better=True))
+    means = resampled_means(values, resamples=200, seed=3)
+    np.testing.assert_array_equal(samples, average_ranks(means, higher_is_better=True))
+    values[:, 4] = np.nan
+    assert np.isnan(pairwise_ranks(values, higher_is_better=False, resamples=10)[0]).tolist() == [False] * 4 + [True]
+
+
+def test_only_families_that_prefer_better_maps_count_in_the_mean_rank():
+    robust = MetricFacts("max_sensitivity", "robustness", "relative change", False)
+    scaled = MetricFacts("insertion_relative", "perturbation", "times", True, derived=True)
+    good, flat = np.array([0.9, 0.8, 0.7]), np.array([0.3, 0.2, 0.1])
+    values = {("good", "insertion"): good, ("constant", "insertion"): flat}
+    values |= {("good", "max_sensitivity"): good, ("constant", "max_sensitivity"): np.zeros(3)}
+    values |= {("good", "insertion_relative"): flat, ("constant", "insertion_relative"): good}
+    summary = summarise(rows_of(values), [robust, scaled, UP])
+    assert summary.methods == ("good", "constant") and summary.ranked_metrics == 1
+    assert summary.mean_ranks["good"].mean == 1.0 and summary.ranks["constant", "max_sensitivity"].mean == 1.0
+    assert summarise(rows_of(values), [robust]).methods == ("constant", "good")  # where none counts, all do
 
 
 def test_a_cost_is_no_sample_of_images():

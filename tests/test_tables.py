@@ -70,7 +70,7 @@ def test_csv_and_json_keep_full_precision(board):
     cells = {(cell["method"], cell["metric"]): cell for cell in content["cells"]}
     assert cells["ib", "insertion"]["mean"] == board.summary.cells["ib", "insertion"].mean
     assert cells["rollout", "insertion"]["mean"] is None
-    assert content["metrics"][0] == {"name": "insertion"} | METRICS["insertion"]
+    assert content["metrics"][0] == {"name": "insertion", "derived": False} | METRICS["insertion"]
 
 
 @pytest.mark.parametrize(

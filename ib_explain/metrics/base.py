@@ -106,12 +106,14 @@ class Metric:
 
     name: str
     family: str
-    """One of `FAMILIES`; a benchmark shows and ranks the family "cost", but leaves it out of the mean rank."""
+    """One of `FAMILIES`; a benchmark ranks all of them, `summary.COUNTED` count in the mean rank."""
     unit: str
     higher_is_better: bool
     needs: tuple[str, ...]
     """The fields of `Case` it reads, of `NEEDS`."""
     score: Callable[[Case], Tensor]
+    derived: bool = False
+    """Another metric's score by another scale, which does not count in the mean rank a second time."""
 
     def __post_init__(self) -> None:
         # The registry lists entries by their docstring: the function's, not this class's.
@@ -128,9 +130,23 @@ METRICS: Registry[Metric] = Registry("metric")
 
 
 def register_metric(
-    name: str, *, family: str, unit: str, higher_is_better: bool, needs: tuple[str, ...] = ("model", "maps")
+    name: str,
+    *,
+    family: str,
+    unit: str,
+    higher_is_better: bool,
+    needs: tuple[str, ...] = ("model", "maps"),
+    derived: bool = False,
 ) -> Callable[[Callable[[Case], Tensor]], Callable[[Case], Tensor]]:
     """Decorator that files a function from a `Case` to scores (B,) under `name`; its first doc line is the summary.
+
+    Args:
+        name: under which `benchmark` finds it.
+        family: of `FAMILIES`; decides whether it counts in the mean rank (`ib_explain.summary.COUNTED`).
+        unit: of a score.
+        higher_is_better: direction.
+        needs: fields of `Case` that it reads.
+        derived: it is another metric's score by another scale and does not count a second time.
 
     Raises:
         ValueError: a second owner of the name, an unknown family, or a need that `Case` does not have.
@@ -145,7 +161,7 @@ def register_metric(
         raise ValueError(f"metric {name!r} needs {unknown[0]!r}, which a Case has not; known: {', '.join(NEEDS)}")
 
     def file(score: Callable[[Case], Tensor]) -> Callable[[Case], Tensor]:
-        METRICS.register(name)(Metric(name, family, unit, higher_is_better, needs, score))
+        METRICS.register(name)(Metric(name, family, unit, higher_is_better, needs, score, derived))
         return score
 
     return file

@@ -200,4 +200,5 @@ for _measure, _unit in (
             unit="times the centre prior",
             needs=("maps", "masks"),
             suffix="_relative",
+            derived=True,
         )

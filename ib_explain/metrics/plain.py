@@ -20,6 +20,7 @@ def register_function(
     needs: tuple[str, ...],
     higher_is_better: bool = True,
     suffix: str = "",
+    derived: bool = False,
 ) -> None:
     """File `function` under its own name; its first doc line is the summary, its defaults are the settings.
 
@@ -30,6 +31,7 @@ def register_function(
         needs: fields of `Case`.
         higher_is_better: direction.
         suffix: put behind the function's name.
+        derived: as in `register_metric`.
     """
 
     @functools.wraps(function)
@@ -37,4 +39,7 @@ def register_function(
         return function(*(getattr(case, need) for need in needs))
 
     name = function.__name__ + suffix
-    register_metric(name, family=family, unit=unit, higher_is_better=higher_is_better, needs=needs)(score)
+    file = register_metric(
+        name, family=family, unit=unit, higher_is_better=higher_is_better, needs=needs, derived=derived
+    )
+    file(score)

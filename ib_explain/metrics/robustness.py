@@ -1,19 +1,18 @@
-"""Captum's infidelity and maximum sensitivity, on batches, seeded, with one number per image."""
+"""Infidelity and maximum sensitivity as Captum has them, on batches, seeded, with one number per image."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_maps, check_number, check_positive_int
-from ib_explain.hooks import frozen, run_host
+from ib_explain.hooks import frozen
 from ib_explain.metrics.base import Case, register_metric
 from ib_explain.metrics.probe import Probe
 from ib_explain.randomness import generator_of
-from ib_explain.targets import Target, target_scores
+from ib_explain.targets import Target
 
 __all__ = ["infidelity", "max_sensitivity"]
 
@@ -31,9 +30,10 @@ def infidelity(
 ) -> Tensor:
     """Squared error of the map as a prediction of what hiding a square costs the target's logit. Lower is better.
 
-    Yeh et al. 2019 (arXiv 1901.09392, definition 2.1), computed by Captum, with squares set to 0: of side 1 to 10/28
+    Yeh et al. 2019 (arXiv 1901.09392, definition 2.1), as Captum computes it, with squares set to 0: of side 1 to 10/28
     of the image's shorter side (their range on 28 x 28 digits), anywhere. The map's sum over the square stands against
-    the fall of the logit.
+    the fall of the logit. One difference: Captum's best factor may be negative, and a map then scores as its negative
+    does; here it is at least 0, so a map that points the wrong way is no better than one of zeros.
 
     Args:
         model: the host.
@@ -41,7 +41,7 @@ def infidelity(
         maps: (B, 1, H, W) or (B, H, W).
         target: the explained classes; None is the host's top-1 on the intact images.
         samples: squares, the same for all images.
-        normalize: scale each map by the factor that predicts best, as maps have no common unit.
+        normalize: scale each map by the factor >= 0 that predicts best, as maps have no common unit.
         seed: of the squares.
         batch_size: images in one forward pass, see `Probe`.
 
@@ -86,43 +86,26 @@ def max_sensitivity(
 
 
 def _infidelity(probe: Probe, maps: Tensor | None, samples: int, normalize: bool, seed: int) -> Tensor:
-    from captum.metrics import infidelity as captum_infidelity
-
     maps = probe.check_maps(maps)
     samples = check_positive_int(samples, "samples")
-    channels, height, width = probe.x.shape[1:]
-    squares = _squares(samples, height, width, seed).to(probe.x.device)
-    scores = []
-    if normalize:  # what is scaled anyway is brought to where float32 neither overflows nor underflows
+    squares = _squares(samples, maps.shape[1], maps.shape[2], seed).to(maps.device)  # (S, 1, H, W)
+    # The squares are the same for every map, so the host is asked once.
+    falls = probe.once((_infidelity, samples, seed), lambda: _falls(probe, squares))  # (B, S)
+    if normalize:  # what is scaled anyway is brought to where nothing overflows or underflows
         largest = maps.abs().amax(dim=(1, 2), keepdim=True)
         maps = maps / torch.where(largest > 0, largest, 1)
-    dtype = torch.promote_types(probe.x.dtype, torch.float32)  # of Captum's sums; the host gets its own
-    # The squares are the same for every map, and Captum asks for them in the same order.
-    known: list[Tensor] = probe.once((_infidelity, samples, seed), list)
-    calls = itertools.count()
+    told = maps.double().flatten(1) @ squares.double().flatten(1).T  # (B, S)
+    if normalize:
+        power = told.square().sum(dim=1, keepdim=True)
+        told = told * ((told * falls).sum(dim=1, keepdim=True) / power.clamp_min(1e-300)).clamp_min(0)
+    return (told - falls).square().mean(dim=1).float()
 
-    def asked(copies: Tensor, target: Tensor) -> Tensor:
-        number = next(calls)
-        if number == len(known):
-            known.append(target_scores(run_host(host, copies.to(probe.x)).float(), target))
-        return known[number]
 
-    with frozen(probe.model) as host, torch.no_grad():
-        for images, attributions, target in _groups(probe, probe.x.to(dtype), maps.to(dtype), probe.target):
-            scores.append(
-                captum_infidelity(
-                    asked,
-                    _Draws(squares, len(images)).hide,
-                    images,
-                    # The map counts once a pixel, whatever the number of channels.
-                    (attributions[:, None] / channels).expand_as(images),
-                    additional_forward_args=target,
-                    n_perturb_samples=samples,
-                    max_examples_per_batch=_copies_at_once(probe, len(images), samples),
-                    normalize=normalize,
-                )
-            )
-    return torch.cat(scores).float()
+def _falls(probe: Probe, squares: Tensor) -> Tensor:
+    """What hiding each square costs the target's logit, (B, S) float64."""
+    kept = 1 - squares
+    hidden = probe.scores(len(squares), lambda image, square: probe.x[image] * kept[square].to(probe.x), "logit")
+    return probe.intact("logit").double()[:, None] - hidden.double()
 
 
 def _max_sensitivity(
@@ -150,7 +133,8 @@ def _max_sensitivity(
                 copies: Tensor | tuple[Tensor], target: Tensor, intact: list[Tensor] = intact
             ) -> tuple[Tensor, ...]:
                 inputs = copies[0] if isinstance(copies, tuple) else copies  # Captum calls with a tuple first
-                found = explain(host, inputs, target.expand(len(inputs)))
+                with torch.enable_grad():  # which Captum has switched off
+                    found = explain(host, inputs, target.expand(len(inputs)))
                 found = check_maps(found, batch=len(inputs)).contiguous()
                 intact.append(found)
                 return (found,)
@@ -173,11 +157,6 @@ class _Draws:
 
     def __init__(self, draws: Tensor, images: int) -> None:
         self.draws, self.images, self.taken = draws, images, 0
-
-    def hide(self, copies: Tensor) -> tuple[Tensor, Tensor]:
-        """What is taken away, and what is left of the copies, for draws of 0 and 1."""
-        hidden = self._next(copies).expand_as(copies)
-        return hidden, copies * (1 - hidden)
 
     def shake(self, copies: Tensor) -> Tensor:
         """The copies plus the draws."""
