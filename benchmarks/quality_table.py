@@ -15,7 +15,7 @@ from quality_methods import SEVEN
 from ib_explain.files import write_file
 from ib_explain.leaderboard import Leaderboard
 from ib_explain.metrics import METRICS
-from ib_explain.report import Pictures
+from ib_explain.pictures import Pictures
 from ib_explain.results import RunStore
 from ib_explain.rows import Row
 from ib_explain.summary import Interval, MetricFacts, Summary, summarise

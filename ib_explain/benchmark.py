@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ib_explain.checks import check_positive_int, did_you_mean
-from ib_explain.contenders import contenders_of
+from ib_explain.contenders import Contender, contenders_of
 from ib_explain.fitting import launched
 from ib_explain.gallery import draw_pictures
 from ib_explain.hooks import find_module, frozen, host_device, module_name, run_host
@@ -70,7 +70,8 @@ def benchmark(
         metrics: names of `available_metrics`.
         images: how many of the data; from a data set or DataLoader evenly over its length, else the first.
         out: folder of rows, tables, figures and `report.html`. None keeps them until `Leaderboard.save`.
-        reference: the method that others are held against. "grad_cam" is nobody where it does not take part.
+        reference: the method that others are held against. "grad_cam" is the first Grad-CAM that takes part, under
+            whatever name, and nobody where none does.
         target: the class that is explained and scored: the host's top-1 ("prediction"), or the data's ("label").
         layer: where those methods look that look at a layer; None is each one's own default.
         batch_size: rows of a forward pass at most; bounds the memory and changes no result. None is 32, or as many as
@@ -94,7 +95,7 @@ def benchmark(
     rows_at_once = None if batch_size is None else check_positive_int(batch_size, "batch_size")
     contenders = contenders_of(methods, model)
     chosen = _metrics(metrics)
-    reference = _reference(reference, [contender.name for contender in contenders])
+    reference = _reference(reference, contenders)
     check_seed(seed)
     with frozen(model) as host, seeded(seed), launched(host_device(model)) as accelerator:
         if out is None and accelerator.num_processes > 1:
@@ -181,17 +182,25 @@ def _metrics(names: Any) -> list[Metric]:
     if isinstance(names, str) or not isinstance(names, Iterable):
         came = f"the string {names!r}; write [{names!r}]" if isinstance(names, str) else type(names).__name__
         raise TypeError(f"metrics must be a list of names, got {came}")
+    names = list(names)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"metrics must be names, which take no options, got {name!r}; other settings are a metric of your own "
+                "(ib_explain.metrics.register_metric)"
+            )
     found = [METRICS.get(name) for name in dict.fromkeys(names)]
     if not found:
         raise ValueError("metrics must hold at least one name, got none")
     return found
 
 
-def _reference(reference: str | None, methods: Sequence[str]) -> str | None:
+def _reference(reference: str | None, contenders: Sequence[Contender]) -> str | None:
+    methods = [contender.name for contender in contenders]
     if reference is None or reference in methods:
         return reference
-    if reference == "grad_cam":  # the default, and grad_cam does not take part
-        return None
+    if reference == "grad_cam":  # the default: under another name, or it does not take part
+        return next((contender.name for contender in contenders if contender.facts.get("method") == "grad_cam"), None)
     raise ValueError(f"the reference must be one of the methods, got {reference!r}{did_you_mean(reference, methods)}")
 
 

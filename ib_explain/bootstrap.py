@@ -33,7 +33,7 @@ def resampled_means(values: np.ndarray, *, resamples: int | None = None, seed: i
     images = values.shape[0]
     if resamples is None:
         resamples = max(1_000, min(10_000, 50_000_000 // max(images, 1)))
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed % 2**63)
     known = ~np.isnan(values)
     means = mean_without_nan(values)
     # Around their mean, equal values resample to exactly their mean, and large offsets cost no digits.

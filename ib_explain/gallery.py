@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ib_explain.contenders import Contender
 from ib_explain.hosts import class_names
 from ib_explain.leaderboard import Leaderboard
-from ib_explain.report import Picture, Pictures
+from ib_explain.pictures import Picture, Pictures
 from ib_explain.samples import ImageBatch
 from ib_explain.sources import Source
 from ib_explain.visualize import denormalize, overlay, visualize

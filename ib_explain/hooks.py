@@ -223,8 +223,14 @@ def run_host(model: nn.Module, x: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
 
     Raises:
         ValueError: anything else came out.
+        TypeError: the model refuses images of another precision than its own.
     """
-    logits = model(x, *(args.rows(len(x)) if isinstance(args, HostArgs) else args))
+    try:
+        logits = model(x, *(args.rows(len(x)) if isinstance(args, HostArgs) else args))
+    except RuntimeError as error:
+        if x.dtype != host_dtype(model):
+            raise TypeError(f"images must be {host_dtype(model)} as the model is, got {x.dtype}: {error}") from error
+        raise
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model must map (B, 3, H, W) to logits (B, K) with B = {x.shape[0]}, got {got}")

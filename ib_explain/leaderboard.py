@@ -10,7 +10,8 @@ from typing import Any
 
 from ib_explain.figures import plots
 from ib_explain.files import write_file
-from ib_explain.report import Pictures, case_metric, write_report
+from ib_explain.pictures import Pictures
+from ib_explain.report import case_metric, write_report
 from ib_explain.results import RunStore
 from ib_explain.rows import CurveBatch, Row
 from ib_explain.summary import CurveSummary, Extreme, MetricFacts, Summary, extremes, summarise, summarise_curves
@@ -83,7 +84,7 @@ class Leaderboard:
         Raises:
             ValueError: no run there, no finished batch, an unknown reference.
         """
-        return cls.of(RunStore.read(folder), reference=reference)
+        return cls.of(RunStore.read(folder), reference=reference, pictures=Pictures.read(Path(folder) / "figures"))
 
     @property
     def run(self) -> Mapping[str, Any]:
@@ -123,7 +124,7 @@ class Leaderboard:
         """
         path = self.save_tables(folder)
         curves = self.mean_curves()
-        (path / "figures").mkdir(exist_ok=True)
+        self.pictures.write(path / "figures")
         for plot in plots(self.summary, curves):
             write_file(path / "figures" / f"{plot.name}.png", plot.png())
         page = path / "report.html"

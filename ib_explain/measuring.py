@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,7 +65,10 @@ class Measure:
         self.host, self.contenders, self.metrics = host, contenders, metrics
         self.by_label, self.classes = by_label, classes
         self.layer, self.batch_size, self.seed = layer, batch_size, seed
-        self._others = None if fixations is None else _Others(fixations)
+        self._everyone: Tensor | None = None
+        if fixations is not None:
+            self._everyone = torch.cat(list(fixations))
+            self._starts = [0, *itertools.accumulate(len(points) for points in fixations)]
 
     def __call__(self, batch: ImageBatch, progress: Progress) -> tuple[list[Row], list[CurveBatch]]:
         """The rows of a batch, none if only the cost is asked and known, and the curves behind some of them.
@@ -144,7 +148,7 @@ class Measure:
             masks=here(batch.masks),
             density=here(batch.density),
             fixations=None if batch.fixations is None else [points.to(x.device) for points in batch.fixations],
-            other=None if self._others is None else [self._others.of(image).to(x.device) for image in batch.images],
+            other=None if self._everyone is None else _Others(self._everyone.to(x.device), self._starts, batch.images),
             baseline=centred_gaussian((x.shape[2], x.shape[3]), device=x.device),
             seed=self.seed,
             batch_size=self.batch_size,
@@ -163,17 +167,18 @@ class Measure:
                 )
 
 
-class _Others:
-    """Fixations on all images but one, made when they are asked for."""
+class _Others(Sequence[Tensor]):
+    """For each image of a batch the fixations on all other images of the data, made when they are asked for."""
 
-    def __init__(self, fixations: Sequence[Tensor]) -> None:
-        self._all = torch.cat(list(fixations))
-        self._starts = [0]
-        for points in fixations:
-            self._starts.append(self._starts[-1] + len(points))
+    def __init__(self, everyone: Tensor, starts: Sequence[int], images: Sequence[int]) -> None:
+        self.everyone, self.starts, self.images = everyone, starts, images
 
-    def of(self, image: int) -> Tensor:
-        return torch.cat([self._all[: self._starts[image]], self._all[self._starts[image + 1] :]])
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: Any) -> Any:
+        image = self.images[row]
+        return torch.cat([self.everyone[: self.starts[image]], self.everyone[self.starts[image + 1] :]])
 
 
 def on_host(x: Tensor, host: nn.Module) -> Tensor:

@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from ib_explain.figures import DARK, LIGHT, Plot, plots
 from ib_explain.files import write_file
 from ib_explain.markup import Picture, cell, flat, grid, heading, image, named, scale, scroll, uri
+from ib_explain.pictures import Pictures
 from ib_explain.rows import Row
 from ib_explain.summary import CurveSummary, Extreme, Interval, MetricFacts, Summary, extremes
 from ib_explain.tables import Notes, Shown, counted, number_format, reading, verdict
@@ -27,17 +27,7 @@ from ib_explain.tables import shown_mean_rank as mean_rank_of
 from ib_explain.tables import shown_rank as rank_of
 from ib_explain.tables import shown_score as score_of
 
-__all__ = ["Picture", "Pictures", "case_metric", "report_html", "write_report"]
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """What only those who have the model can draw."""
-
-    sheets: Sequence[Picture] = ()
-    """The same images under all methods on a shared scale, a page each."""
-    cases: Mapping[tuple[str, int], Picture] = field(default_factory=dict)
-    """(method, image index) to a picture of this image's map; the images wanted are those of `summary.extremes`."""
+__all__ = ["case_metric", "report_html", "write_report"]
 
 
 def case_metric(summary: Summary) -> MetricFacts:

@@ -144,3 +144,9 @@ def test_reference_images_of_another_size(method: str) -> None:
 def test_a_class_is_no_method(method: type) -> None:
     with pytest.raises(TypeError, match=f"must be an object, got the class {method.__name__}; make one of it first"):
         ibx.attribute(HOST, images(2), method=method)
+
+
+def test_images_of_another_precision_than_the_host():
+    host = tiny().double()
+    with pytest.raises(TypeError, match=r"images must be torch.float64 as the model is, got torch.float32"):
+        ibx.attribute(host, images(2), method="grad_cam")

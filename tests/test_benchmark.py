@@ -33,7 +33,7 @@ from ib_explain.metrics import (
     other_fixations,
     sparsity_max_over_mean,
 )
-from ib_explain.report import Pictures
+from ib_explain.pictures import Pictures
 from tests.benchmarking import batches, half_masks, measure, values
 from tests.models import images, tiny
 from tests.reporting import png
@@ -273,7 +273,7 @@ SCRIPT = """
     import ib_explain as ibx
     import ib_explain.benchmark
     from ib_explain.figures import Plot
-    from ib_explain.report import Pictures
+    from ib_explain.pictures import Pictures
     from tests.models import images, tiny
 
     sys.modules["ib_explain.benchmark"].draw_pictures = lambda *_: Pictures()
@@ -415,3 +415,30 @@ def test_functions_that_take_gradients_work_under_no_grad(host):
         board = measure(host, [images(2)], methods=[gradient, Saliency(host)], metrics=["sparsity_max_over_mean"])
         assert ibx.attribute(host, images(2), method=gradient).std() > 0
     assert {cell.status for cell in board.summary.cells.values()} == {"ok"}
+
+
+def test_the_default_reference_is_a_grad_cam_under_whatever_name(host):
+    for methods, expected in (
+        ({"gc": "grad_cam", "flat": "constant"}, "gc"),
+        (["constant", ("grad_cam", {"layer": "stages.1"})], "grad_cam(layer=stages.1)"),
+        (["constant"], None),
+    ):
+        assert measure(host, [images(2)], methods).summary.reference == expected
+
+
+def test_a_negative_seed_is_one(host):
+    board = measure(host, [images(2)], ["random", "constant"], ["deletion"], seed=-1)
+    assert board.summary.seed == -1 and board.summary.cells["random", "deletion"].n == 2
+
+
+def test_metrics_take_no_options(host):
+    with pytest.raises(
+        TypeError, match=r"metrics must be names, which take no options, got \("
+    ):
+        measure(host, [images(2)], metrics=[("insertion", {"steps": 10})])
+
+
+def test_how_much_of_a_map_is_tied_can_be_told(host):
+    board = measure(host, [images(2)], ["constant", "random"], ["tied_share"])
+    assert values(board, "constant", "tied_share").tolist() == [1, 1]
+    assert values(board, "random", "tied_share").max() < 0.1

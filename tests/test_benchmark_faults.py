@@ -13,7 +13,7 @@ from ib_explain.data.boxes import BoxBatch
 from ib_explain.figures import LIGHT, Plot
 from ib_explain.ib import IBAttention
 from ib_explain.methods.base import NotApplicable
-from ib_explain.report import Pictures
+from ib_explain.pictures import Pictures
 from tests.benchmarking import batches, half_masks, measure, values
 from tests.models import images, tiny
 from tests.reporting import png

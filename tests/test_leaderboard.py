@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from ib_explain.leaderboard import Leaderboard
+from ib_explain.pictures import Picture, Pictures
 from ib_explain.results import RunStore
 from ib_explain.rows import Row
-from tests.reporting import INFO, SETTINGS, make_rows, make_store
+from tests.reporting import INFO, SETTINGS, make_rows, make_store, png
 
 
 def test_saved_where_it_ran(tmp_path, undrawn):
@@ -20,7 +21,7 @@ def test_saved_where_it_ran(tmp_path, undrawn):
     assert page == folder / "report.html"
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"run.json", "rows.csv", "summary.csv", "summary.json", "summary.md", "figures/ranks.png"} <= names
-    assert not [name for name in names if "tmp" in name]
+    assert not [name for name in names if "/." in f"/{name}"]
     assert (folder / "rows.csv").read_bytes() == before
 
 
@@ -58,3 +59,19 @@ def test_unfinished_and_missing_runs(tmp_path):
         Leaderboard.read(tmp_path / "run", reference="grad-cam")
     with pytest.raises(ValueError, match="holds no run"):
         Leaderboard.read(tmp_path / "nothing")
+
+
+def test_a_board_that_was_read_keeps_its_pictures(tmp_path, undrawn):
+    folder = tmp_path / "run"
+    store = make_store(folder)
+    store.finish()
+    sheet, case = Picture(png(), "a sheet", "maps"), Picture(png(), "a case")
+    Leaderboard.of(store, pictures=Pictures([sheet], {("ib", 1): case})).save(folder)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    board = Leaderboard.read(folder)
+    assert board.pictures == Pictures([sheet], {("ib", 1): case})
+    board.save(folder)
+    assert (folder / "report.html").read_text(encoding="utf-8") == page
+    (folder / "figures" / "cases-0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"pictures.json is damaged .*; delete it to go on without"):
+        Leaderboard.read(folder)

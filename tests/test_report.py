@@ -16,7 +16,8 @@ from PIL import Image
 
 from ib_explain.figures import DARK, LIGHT, plots
 from ib_explain.markup import Picture, scale
-from ib_explain.report import Pictures, report_html
+from ib_explain.pictures import Pictures
+from ib_explain.report import report_html
 from ib_explain.rows import Row
 from ib_explain.summary import Interval, summarise, summarise_curves
 from ib_explain.tables import Notes, csv_table, json_summary, text_table

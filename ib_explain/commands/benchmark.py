@@ -25,7 +25,7 @@ from ib_explain.sources import BATCH
 
 __all__ = ["run"]
 
-METRICS_BY_DEFAULT = ("insertion", "deletion", "degradation_8", "time")
+METRICS_BY_DEFAULT = ("insertion", "deletion", "degradation_8", "tied_share", "time")
 WITH_TRUTH = {
     "masks": ("pointing_game", "energy_inside", "top_share"),
     "fixations": ("nss", "auc", "auc_shuffled"),

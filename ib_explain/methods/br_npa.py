@@ -35,7 +35,7 @@ class BRNPA:
             the mean of the maps divided by their maxima, "first" the first map alone, as the authors' own evaluation.
     """
 
-    unit: ClassVar[str] = "feature norm"
+    unit: ClassVar[str] = "weighted feature norm"
     maps: int = 3
     combine: str = "share"
 

@@ -251,7 +251,7 @@ class Occlusion:
         stride: pixels between two squares; None is half a window.
     """
 
-    unit: ClassVar[str] = "logit"
+    unit: ClassVar[str] = "logit per square"
     window: int | None = None
     stride: int | None = None
 
@@ -291,7 +291,7 @@ class FeatureAblation:
         tile: side of a tile in pixels; None is a fourteenth of the image's shorter side (16 for 224).
     """
 
-    unit: ClassVar[str] = "logit"
+    unit: ClassVar[str] = "logit per tile"
     tile: int | None = None
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ class GradCAMPlusPlus:
     Non-negative, after the paper's ReLU. About one forward pass; the default layer is `cam_layer`.
     """
 
-    unit: ClassVar[str] = "gradient x feature"
+    unit: ClassVar[str] = "summed gradient x feature"
     resolves_target: ClassVar[bool] = True
 
     def __call__(self, call: Call) -> Tensor:

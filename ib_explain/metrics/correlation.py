@@ -107,6 +107,8 @@ def sensitivity_n(
         constant map or score; an n whose correlation is undefined is left out of the mean.
     """
     probe = Probe(model, x, target, batch_size=batch_size)
+    if isinstance(fractions, (int, float)):
+        raise TypeError(f"fractions must be a sequence of shares such as ({fractions},), got {fractions}")
     return _sensitivity(probe, maps, tuple(fractions), sets, fill, score, seed)
 
 

@@ -89,7 +89,7 @@ def fixations_to_density(points: Sequence[Tensor], size: tuple[int, int], sigma:
 
     Raises:
         TypeError: points are not tensors.
-        ValueError: sigma <= 0, or what `fixation_pixels` refuses.
+        ValueError: sigma <= 0 or so small that nothing is left on any pixel, or what `fixation_pixels` refuses.
     """
     if not sigma > 0:
         raise ValueError(f"sigma must be > 0 pixels, got {sigma}")
@@ -100,6 +100,8 @@ def fixations_to_density(points: Sequence[Tensor], size: tuple[int, int], sigma:
     along = _bell(torch.arange(height, device=y.device) - y[..., None], sigma) * valid[..., None]  # (B, n, H)
     density = along.mT @ across  # (B, H, W)
     total = density.sum(dim=(1, 2), keepdim=True)
+    if (valid.any(dim=1) & (total[:, 0, 0] == 0)).any():
+        raise ValueError(f"sigma must not vanish between pixels, got {sigma} pixels; take 0.5 or more")
     return torch.where(total > 0, density / total, 0.0)[:, None].float()
 
 

@@ -177,10 +177,13 @@ def auc_shuffled(maps: Tensor, fixations: Sequence[Tensor], other: Sequence[Tens
     """
     values = flat_values(maps)
     at, valid = _at_fixations(values, maps, fixations)
-    negatives, are_there = _at_fixations(values, maps, other, "other")
-    # Above all values, a padded place is never lower than nor equal to a fixation.
-    negatives = negatives.masked_fill(~are_there, torch.inf)
-    return _mean(_wins(at, negatives, are_there.sum(dim=1, keepdim=True)), valid).float()
+    if len(other) != len(values):
+        raise ValueError(f"other must hold one tensor for each of the {len(values)} maps, got {len(other)}")
+    wins = []
+    for i, row in enumerate(values):  # one by one: the others of a data set are many, and the same for most images
+        negatives, are_there = _at_fixations(row[None], maps[i : i + 1], [other[i]], "other")
+        wins.append(_wins(at[i : i + 1], negatives, are_there.sum(dim=1, keepdim=True)))
+    return _mean(torch.cat(wins), valid).float()
 
 
 def auc_judd(maps: Tensor, fixations: Sequence[Tensor]) -> Tensor:

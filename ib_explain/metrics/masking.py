@@ -14,6 +14,7 @@ from ib_explain.checks import check_maps
 from ib_explain.metrics.base import Case, register_metric
 from ib_explain.metrics.probe import Probe
 from ib_explain.metrics.values import is_constant
+from ib_explain.perturb import tied_share
 from ib_explain.targets import Target
 
 __all__ = ["add", "average_drop", "increase_in_confidence", "sparsity", "sparsity_max_over_mean"]
@@ -139,6 +140,12 @@ def _increase_score(case: Case) -> Tensor:
 def _add_score(case: Case) -> Tensor:
     """Average drop in deletion: share of the probability lost when what the map shows is hidden."""
     return _relative_fall(case.probe, case.once(_masked, inverted=True))
+
+
+@register_metric("tied_share", family="complexity", unit="share", higher_is_better=False, needs=("maps",))
+def _tied_share_score(case: Case) -> Tensor:
+    """Share of the map's pixels whose value another pixel has too: perturbation metrics order them by pixel index."""
+    return tied_share(check_maps(case.maps))
 
 
 @register_metric("sparsity_max_over_mean", family="complexity", unit="ratio", higher_is_better=True, needs=("maps",))
