@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ib_explain.metrics import deletion, insertion_deletion, noisy_linear_imputation
+from ib_explain.metrics import deletion, insertion, insertion_deletion, noisy_linear_imputation
+from ib_explain.perturb import rise_blur
 
 RESULT = Path(__file__).parent / "results" / "perturbation_speed.json"
 
@@ -52,6 +53,16 @@ def main() -> None:
         "deletion / its own forward passes, bare",
         lambda: deletion(model, x, maps, **settings),
         lambda: forward_passes(model, x, args.steps + 1),
+    )
+    compare(
+        "insertion, with RISE's blur / its own forward passes, bare",
+        lambda: insertion(model, x, maps, **settings),
+        lambda: forward_passes(model, x, args.steps + 1),
+    )
+    compare(
+        "RISE's own procedure, an image at a time / insertion and deletion, equal steps",
+        lambda: rise_procedure(model, x, maps, per_step),
+        lambda: insertion_deletion(model, x, maps, pixels_per_step=per_step, batch_size=args.batch),
     )
     compare(
         "insertion and deletion / torchcam's metric, equal steps",
@@ -128,6 +139,21 @@ def smooth_maps(count: int, size: int) -> Tensor:
 def forward_passes(model: nn.Module, x: Tensor, count: int) -> None:
     for _ in range(count):
         model(x)
+
+
+@torch.no_grad()
+def rise_procedure(model: nn.Module, x: Tensor, maps: Tensor, per_step: int) -> None:
+    """Insertion and deletion as RISE's `CausalMetric.single_run` has them: image by image, step by step."""
+    for image, heat in zip(x, maps, strict=True):
+        target = model(image[None]).softmax(dim=1).argmax(dim=1)
+        order = heat.flatten().argsort(descending=True)
+        for start, finish in ((image.clone(), torch.zeros_like(image)), (rise_blur(image[None])[0], image)):
+            scores = []
+            for step in range(len(order) // per_step + 1):
+                scores.append(model(start[None]).softmax(dim=1)[0, target])
+                replaced = order[per_step * step : per_step * (step + 1)]
+                start.flatten(1)[:, replaced] = finish.flatten(1)[:, replaced]
+            torch.cat(scores)
 
 
 def torchcam_metric(model: nn.Module, x: Tensor, maps: Tensor, steps: int, batch_size: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import ib_explain as ibx
+from ib_explain.methods import br_npa_ranked_maps
 from ib_explain.methods.br_npa import BRNPA, br_npa_maps, br_npa_parts
 
 # C = 2 on a 2x2 grid, row-major A = (4, 0), B = (0, 3), C = (0.6, 0.8), D = (2, 0).
@@ -103,3 +104,13 @@ def test_options_are_checked() -> None:
         BRNPA(combine="sum")
     with pytest.raises(ValueError, match="maps must be an integer >= 1, got 0"):
         BRNPA(maps=0)
+
+
+def test_the_ranked_maps_of_a_host_are_those_that_are_joined() -> None:
+    x = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    ranked = br_npa_ranked_maps(Grid(), x, layer="site", maps=2)
+    assert ranked.shape == (2, 2, 12, 12) and ranked.dtype == torch.float32 and (ranked >= 0).all()
+    first = ibx.attribute(Grid(), x, method="br_npa", layer="site", combine="first")
+    torch.testing.assert_close(ranked[:, :1], first)
+    with pytest.raises(ValueError, match="no layer 'sight'; did you mean 'site'"):
+        br_npa_ranked_maps(Grid(), x, layer="sight")

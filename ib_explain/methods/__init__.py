@@ -17,6 +17,7 @@ from ib_explain.methods import (
     score_cam,
 )
 from ib_explain.methods.base import METHODS, Call, Method, NotApplicable, register_method
+from ib_explain.methods.br_npa import br_npa_ranked_maps
 
 __all__ = [
     "METHODS",
@@ -26,6 +27,7 @@ __all__ = [
     "am",
     "attention_rollout",
     "br_npa",
+    "br_npa_ranked_maps",
     "captum_methods",
     "controls",
     "eigen_cam",

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ib_explain.checks import check_positive_int, did_you_mean
+from ib_explain.checks import check_images, check_positive_int, did_you_mean
+from ib_explain.hooks import frozen, host_device
 from ib_explain.maps import resize
 from ib_explain.methods.base import Call, register_method
 from ib_explain.methods.cam import cam_site, grid_features
 
-__all__ = ["BRNPA", "Parts", "br_npa_maps", "br_npa_parts"]
+__all__ = ["BRNPA", "Parts", "br_npa_maps", "br_npa_parts", "br_npa_ranked_maps"]
 
 EPS = 1e-5  # added to each norm by the authors
 EXHAUSTED = 1e-4  # of the largest norm: what is left is rounding, a further seed would be arbitrary
@@ -74,6 +75,27 @@ class Parts:
     norms: Tensor
     residuals: Tensor
     seeds: Tensor
+
+
+def br_npa_ranked_maps(
+    model: nn.Module, x: Tensor, *, layer: str | nn.Module | None = None, maps: int = 3, weigh: bool = True
+) -> Tensor:
+    """All N ranked maps of images, strongest group first; `attribute(method="br_npa")` joins them into one.
+
+    Args:
+        model: the host, handed back as it came.
+        x: images (B, 3, H, W).
+        layer: where to look; None for `cam_layer`.
+        maps: N.
+        weigh: as for `br_npa_maps`.
+
+    Returns:
+        (B, N, H, W) float32, non-negative; zero maps where nothing was left to group.
+    """
+    check_images(x, device=host_device(model))
+    with frozen(model) as host, torch.no_grad():
+        call = Call(host, x, None, layer, seed=0, batch_size=None)
+        return resize(br_npa_maps(grid_features(call, cam_site(call)), maps, weigh=weigh), call.size)
 
 
 def br_npa_maps(features: Tensor, maps: int = 3, *, weigh: bool = True) -> Tensor:
