@@ -317,6 +317,8 @@ def _mistake(error: Exception) -> str | None:
     if isinstance(error, FILE_ERRORS):
         return f"{error.strerror}: {error.filename}" if error.filename else str(error)
     text = str(error).strip()
+    if type(error).__name__ == "LayerError":  # by name: torch is imported by the commands alone
+        return " ".join(text.split())
     if "DataLoader worker process" in text:  # torch puts the traceback of the worker into the message
         text, raised_in = text.splitlines()[-1].partition(": ")[2], text
     else:

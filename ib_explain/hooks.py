@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import itertools
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +24,9 @@ from ib_explain.checks import did_you_mean
 
 __all__ = [
     "HostArgs",
+    "LayerError",
+    "answering",
+    "aside",
     "capture",
     "find_module",
     "frozen",
@@ -31,6 +37,37 @@ __all__ = [
     "outside_inference_mode",
 ]
 __all__ += ["replace_output", "run_host", "unwrap", "weights_state"]
+
+
+class LayerError(RuntimeError):
+    """A layer that does not run exactly once in a forward pass."""
+
+
+# Passes that a hook itself starts are nobody else's: a hook answers on the level that it was made on.
+_LEVEL: ContextVar[int] = ContextVar("level", default=0)
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """Inside, passes of a host are not seen by the hooks that this package has put there before."""
+    token = _LEVEL.set(_LEVEL.get() + 1)
+    try:
+        yield
+    finally:
+        _LEVEL.reset(token)
+
+
+def answering(hook: Callable[..., Any], otherwise: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The hook, deaf to passes that start inside `aside` after it was made: those get `otherwise`, if given."""
+    level = _LEVEL.get()
+
+    @functools.wraps(hook)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if _LEVEL.get() == level:
+            return hook(*args, **kwargs)
+        return otherwise(*args, **kwargs) if otherwise is not None else None
+
+    return guarded
 
 
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's names for what they wrap
@@ -69,12 +106,15 @@ def host_dtype(model: nn.Module) -> torch.dtype:
 
 
 def weights_state(model: nn.Module) -> int:
-    """A number that changes with the host's parameters: what was found out about a host holds as long as it stays.
+    """A number that changes with the host's weights: what was found out about a host holds as long as it stays.
 
-    In-place changes (an optimiser, `load_state_dict`) raise a parameter's version; those of `parameter.data` do not.
+    In-place changes (an optimiser, `load_state_dict`) raise a tensor's version; those of `parameter.data` do not.
     """
     # Parameters made in inference mode have no version; `frozen` refuses them.
-    return hash(tuple((p.data_ptr(), None if p.is_inference() else p._version) for p in model.parameters()))
+    # Integer buffers may count passes; the others (running statistics) decide what a host says.
+    buffers = (buffer for buffer in model.buffers() if buffer.is_floating_point())
+    tensors = itertools.chain(model.parameters(), buffers)
+    return hash(tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors))
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
@@ -264,7 +304,7 @@ def capture(
         A dict that fills as the layers run: name -> output, as the layer returned it (no copy).
 
     Raises:
-        RuntimeError: on normal exit, if a layer did not run or ran twice.
+        LayerError: on normal exit, if a layer did not run or ran twice.
     """
     names = list(dict.fromkeys(names))
     seen: dict[str, Any] = {}
@@ -274,7 +314,7 @@ def capture(
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             if name in seen:
                 if once:
-                    raise RuntimeError(
+                    raise LayerError(
                         f"layer {name!r} ran more than once in one forward pass; name a layer that runs once"
                     )
                 return None
@@ -289,7 +329,7 @@ def capture(
     handles = []
     try:
         for name in names:
-            handles.append(find_module(model, name).register_forward_hook(hook_for(name)))
+            handles.append(find_module(model, name).register_forward_hook(answering(hook_for(name))))
         try:
             yield seen
         except _Stop as raised:
@@ -299,7 +339,7 @@ def capture(
         for handle in handles:
             handle.remove()
     if missing := [name for name in names if name not in seen]:
-        raise RuntimeError(f"layer {missing[0]!r} did not run in the forward pass; name a layer that the model calls")
+        raise LayerError(f"layer {missing[0]!r} did not run in the forward pass; name a layer that the model calls")
 
 
 @contextlib.contextmanager
@@ -320,41 +360,34 @@ def replace_output(
             touched.
 
     Raises:
-        RuntimeError: in a forward pass in which the layer does not run, or runs twice.
+        LayerError: in a forward pass in which the layer does not run, or runs twice.
     """
     model = unwrap(model)
-    runs, preparing = 0, False
+    runs = 0
 
     def start(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        nonlocal runs, preparing
-        if preparing:
-            return
+        nonlocal runs
         if before is not None:
-            preparing = True
-            try:
+            with aside():
                 before(inputs)
-            finally:
-                preparing = False
         runs = 0
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         nonlocal runs
-        if preparing:
-            return None
         runs += 1
         if runs > 1:
-            raise RuntimeError(f"layer {name!r} ran more than once in one forward pass; name a layer that runs once")
+            raise LayerError(f"layer {name!r} ran more than once in one forward pass; name a layer that runs once")
         return edit(output)
 
     def end(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-        if runs == 0 and not preparing:
-            raise RuntimeError(f"layer {name!r} did not run in the forward pass; name a layer that the model calls")
+        if runs == 0:
+            raise LayerError(f"layer {name!r} did not run in the forward pass; name a layer that the model calls")
 
     handles = []
     try:
-        handles.append(model.register_forward_pre_hook(start))
-        handles.append(find_module(model, name).register_forward_hook(hook))
-        handles.append(model.register_forward_hook(end))
+        handles.append(model.register_forward_pre_hook(answering(start)))
+        handles.append(find_module(model, name).register_forward_hook(answering(hook)))
+        handles.append(model.register_forward_hook(answering(end)))
         yield
     finally:
         for handle in handles:

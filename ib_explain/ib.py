@@ -347,6 +347,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
     def restrict(self, attention: float | Tensor | None = None, *, target: Target = None) -> Iterator[nn.Module]:
         """While inside, the host's forward passes run through the bottleneck, with the mean attention and seeded noise.
 
+        Each pass takes a clean one before it, for the attention. Contexts nest, at one layer or several: each has the
+        attention of the intact host. Methods and metrics see the restricted host.
+
         Args:
             attention: instead of the fitted attention, a number or a tensor (B, 1, h, w) in [0, 1].
             target: the class whose attention is used; by default the host's own top-1 for each image.
@@ -373,6 +376,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
 
             def edit(output: Any) -> Any:
                 restriction, seen, layout, value = plan[0]
+                # The same values as in the clean pass, but with their graph: gradients reach the images.
+                seen = dataclasses.replace(seen, output=output, features=layout.to_grid(output))
                 shape = (1, *seen.features.shape[1:])
                 noise = torch.randn(shape, generator=generator_of(self.seed, value.device), device=value.device)
                 return restriction.apply_to(seen, layout, value, noise)
@@ -629,6 +634,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
     ) -> tuple[Restriction, Observation, Layout, Tensor]:
         """What `restrict` needs for one forward pass."""
         with outside_inference_mode(), torch.no_grad():
+            x = x.clone() if x.is_inference() else x
+            check_images(x, channels=input_size_of(host)[0], device=host_device(host))
             gradient = attention is None and self.reads == "gradient"
             seen, place = self._observe(host, x, target, args, read=attention is None, gradient=gradient)
             restriction = self._restriction(host, place, args=args)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from ib_explain.cuts import CleanPass
-from ib_explain.hooks import find_module, module_name, unwrap, weights_state
+from ib_explain.hooks import LayerError, find_module, module_name, unwrap, weights_state
 from ib_explain.layouts import Layout
 from ib_explain.stripes import find_layouts
 from ib_explain.survey import Candidate, Survey, survey
@@ -155,7 +155,7 @@ def resolve_site(
 
     Raises:
         ValueError: no such layer (with the nearest names), or its output holds no grid (with what was seen).
-        RuntimeError: the layer does not run, or runs more than once.
+        LayerError: the layer does not run, or runs more than once.
     """
     host = unwrap(model)
     known = _known(host, input_size)
@@ -168,7 +168,7 @@ def resolve_site(
         runs = _survey(host, input_size, args).runs[name]
         if runs != 1:
             what = "does not run" if runs == 0 else f"runs {runs} times"
-            raise RuntimeError(f"layer {name!r} {what} in one forward pass; name a layer that runs once")
+            raise LayerError(f"layer {name!r} {what} in one forward pass; name a layer that runs once")
         layout = layouts_of(host, [name], input_size, args)[name]
         if not isinstance(layout, Layout):
             raise ValueError(f"layer {name!r} has no spatial grid: {layout}")

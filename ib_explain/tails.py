@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ib_explain.hooks import find_module, map_tensors, replace_output, run_host, unwrap
+from ib_explain.hooks import LayerError, answering, find_module, map_tensors, replace_output, run_host, unwrap
 
 __all__ = ["Tail", "TailRecorder"]
 
@@ -43,9 +43,9 @@ class TailRecorder:
                 for child_name, child in module.named_children():
                     full = f"{ancestor}.{child_name}" if ancestor else child_name
                     if full == self.name:
-                        self._handles.append(child.register_forward_hook(self._arrive))
+                        self._handles.append(child.register_forward_hook(answering(self._arrive)))
                     elif full not in self._ancestors:
-                        self._handles.append(child.register_forward_hook(self._note(full)))
+                        self._handles.append(child.register_forward_hook(answering(self._note(full))))
         except BaseException:
             self.__exit__()
             raise
@@ -101,7 +101,7 @@ class Tail:
                 restore.enter_context(_forward(module, _skip(module.forward, outputs, arrived)))
             logits = run_host(self.model, self.x, self.args)
             if not arrived[0]:
-                raise RuntimeError(
+                raise LayerError(
                     f"layer {self.name!r} did not run in the forward pass; name a layer that the model calls"
                 )
             return logits
@@ -120,7 +120,7 @@ def _skip(forward: Callable[..., Any], outputs: list[Any], arrived: list[bool]) 
 def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Give the module another `forward` for a while; an instance's own one (accelerate sets such) comes back."""
     own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
+    module.__dict__["forward"] = answering(forward, module.forward)
     try:
         yield
     finally:

@@ -525,3 +525,58 @@ class TestOtherMethods:
             ibx.attribute(cnn[1], images(2), method=lambda _m, x, _t: x[:1, :1])
         with pytest.raises(TypeError, match="must be a name"):
             ibx.attribute(cnn[1], images(2), method=3)
+
+
+@pytest.fixture(scope="module")
+def both():
+    host, data = tiny("cnn"), [images(8)]
+    early, late = (IBAttention(host, name).fit(data, steps=2, show_progress=False) for name in ("stages.0", "stages.1"))
+    return host, early, late
+
+
+class TestNestedRestriction:
+    """A clean pass inside a restricted one is nobody else's."""
+
+    def test_two_sites(self, both):
+        host, early, late = both
+        x = images(3, seed=5)
+        with early.restrict() as inside:
+            alone = inside(x)
+            with late.restrict() as inside:
+                together = inside(x)
+            torch.testing.assert_close(inside(x), alone)
+        with late.restrict(0.0), early.restrict():
+            torch.testing.assert_close(host(x), host(x[:1]).expand(3, -1))  # nothing passes the later site
+        assert not torch.allclose(together, alone)
+
+    def test_one_site_twice(self, both):
+        host, _, late = both
+        x = images(3, seed=5)
+        with late.restrict(0.0), late.restrict(1.0), late.restrict():
+            assert host(x).shape == (3, CLASSES)
+
+    @pytest.mark.parametrize("method", ["grad_cam", "saliency", "integrated_gradients", "ib"])
+    def test_methods_explain_the_restricted_host(self, both, method):
+        host, early, _ = both
+        x = images(2, seed=5)
+        options = {"ib": {"steps": 2}, "integrated_gradients": {"steps": 3}}.get(method, {})
+        plain = ibx.attribute(host, x, method=method, target=1, **options)
+        with early.restrict() as inside:
+            restricted = ibx.attribute(inside, x, method=method, target=1, **options)
+        assert restricted.shape == plain.shape and not torch.allclose(restricted, plain)
+        torch.testing.assert_close(ibx.attribute(host, x, method=method, target=1, **options), plain)
+
+    def test_the_fitted_one_itself_and_its_sites(self, both):
+        host, early, late = both
+        x = images(2, seed=5)
+        with early.restrict():
+            assert torch.isfinite(early.attribute(x)).all() and torch.isfinite(late.attribute(x, refine=2)).all()
+            assert early.information(x).shape == (2,)
+
+    def test_images_are_checked(self, both):
+        _, _, late = both
+        with late.restrict() as inside:
+            with pytest.raises(ValueError, match=r"got \(3, 24, 24\)"):
+                inside(images(1)[0])
+            with pytest.raises(ValueError, match="finite"):
+                inside(images(2) * torch.nan)
