@@ -58,7 +58,7 @@ def attribute(
         raise TypeError(f"only registered methods take a layer here, got one for a {type(method).__name__}")
     check_host(method, model)
     run = method_runner(method, options)
-    check_seed(seed)
+    seed = check_seed(seed)
     size = len(x) if batch_size is None else check_positive_int(batch_size, "batch_size")
     with frozen(model) as host, seeded(seed), Progress(len(x), "attribute", show=show_progress) as progress:
         if target is not None:  # checked before anything is computed, by methods of one pass within that pass

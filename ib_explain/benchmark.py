@@ -96,7 +96,7 @@ def benchmark(
     contenders = contenders_of(methods, model)
     chosen = _metrics(metrics)
     reference = _reference(reference, contenders)
-    check_seed(seed)
+    seed = check_seed(seed)
     with frozen(model) as host, seeded(seed), launched(host_device(model)) as accelerator:
         if out is None and accelerator.num_processes > 1:
             raise ValueError("several processes need a folder that all can write to; give out=FOLDER")

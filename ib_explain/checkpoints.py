@@ -47,7 +47,12 @@ def read_checkpoint(path: str | Path, description: dict[str, Any], settings: dic
         return None
     weights, config = read_folder(folder)
     run = config.get("run")
-    if not isinstance(run, dict) or any(key not in run for key in RUN):
+    kinds = {"step": int, "figures": dict, "history": list, "settings": dict, "scaler": dict}
+    if (
+        not isinstance(run, dict)
+        or any(key not in run for key in RUN)
+        or any(not isinstance(run[key], kind) for key, kind in kinds.items())
+    ):
         raise ValueError(f"{folder} is no checkpoint of a fit, or damaged: its config.json has no whole 'run'")
     theirs, ours = {**config, **run["settings"]}, json.loads(json.dumps({**description, **settings}))
     for kind, what in (("structure", "to another architecture"), ("weights", "to a host with other weights")):

@@ -111,6 +111,12 @@ def estimate_statistics(
                 mine.merge(theirs)
             side.merge(other_side)
     device = host_device(host)
+    if not running[0].varies:
+        what = "at each position " if per_element else ""
+        raise ValueError(
+            f"the features of layer {place.site.name!r} are {what}the same for all {running[0].images} images; "
+            "statistics need images that differ"
+        )
     site, *deep = [r.result().to(device) for r in running]
     return Statistics(site, deep, [s.to(device) for s in side.result()], classes)
 
@@ -168,6 +174,7 @@ def train(
             if save is not None and trainer.step_number % every == 0 and accelerator.is_main_process:
                 save(trainer.state())
     record |= {f"final_{name}": value for name, value in trainer.figures.items()}
+    record["classes"] = trainer.classes
     record["grid_alone"] = trainer.grid_alone
     record["seconds"] = round(trainer.seconds_before + time.monotonic() - started, 2)
     record["images"] = trainer.images

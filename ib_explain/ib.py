@@ -226,7 +226,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         check_positive_int(every, "every")
         device = host_device(self.host)
         with frozen(self.forward_func) as host, torch.enable_grad(), launched(device) as accelerator:
-            batches = Batches(data, self.seed, Share(accelerator.process_index, accelerator.num_processes))
+            share = Share(accelerator.process_index, accelerator.num_processes)
+            batches = Batches(data, self.seed, share, labelled=objective == "label")
             first, _ = next(batches.first(1))
             check_images(first, name="images from data", channels=input_size_of(host)[0])
             place = find_place(host, self.layer_name, _size(first))
@@ -379,7 +380,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 # The same values as in the clean pass, but with their graph: gradients reach the images.
                 seen = dataclasses.replace(seen, output=output, features=layout.to_grid(output))
                 shape = (1, *seen.features.shape[1:])
-                noise = torch.randn(shape, generator=generator_of(self.seed, value.device), device=value.device)
+                noise = torch.randn(
+                    shape, dtype=torch.float32, generator=generator_of(self.seed, value.device), device=value.device
+                )
                 return restriction.apply_to(seen, layout, value, noise)
 
             with replace_output(host, str(self.layer_name), edit, before=prepare):
@@ -409,11 +412,14 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         Warns:
             UserWarning: same architecture, other weights.
         """
-        tensors, config = read_folder(Path(path))
+        with outside_inference_mode():
+            tensors, config = read_folder(Path(path))
         fitted_to, given = config["host"], host_facts(model)
         if fitted_to["structure"] != given["structure"]:
             names = f"{fitted_to['architecture']}, not to this {given['architecture']}"
-            raise ValueError(f"{path} was fitted to a {names}: the parameters have other names or shapes")
+            classes, others = config.get("classes"), getattr(unwrap(model), "num_classes", None)
+            more = f" ({classes} classes there, {others} here)" if classes and others and classes != others else ""
+            raise ValueError(f"{path} was fitted to a {names}: the parameters have other names or shapes{more}")
         if fitted_to["weights"] != given["weights"]:
             told = (
                 f"{path} was fitted to a {fitted_to['architecture']} with other weights; fit again for bits that hold"
@@ -428,7 +434,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             try:
                 place = self._settle(place.reading(config))
                 self._bottleneck = self._empty(tensors, place).to(host_device(host)).requires_grad_(False)
-            except (KeyError, RuntimeError, ValueError) as error:
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 told = " ".join(str(error).split())
                 raise ValueError(f"{path} does not fit this model: {told}") from error
         self.record = config.get("record")
@@ -454,6 +460,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         config = {"format": FORMAT, "host": host_facts(self.host), "versions": versions(), "record": self.record}
+        config["classes"] = (self.record or {}).get("classes")
         if self._place is not None:
             config |= self._describe(self._place)
         write_folder(Path(save_directory), self.bottleneck.state_dict(), config)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Callable
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,16 @@ __all__ += ["write_folder"]
 FORMAT = 1
 WEIGHTS, CONFIG = "bottleneck.safetensors", "config.json"
 FILES = (WEIGHTS, CONFIG)
-NEEDED = ("host", "layer", "input_size", "layout", "deeper", "gate", "reads", "anchors", "per_element", "seed")
+NEEDED = (
+    *("host", "layer", "input_size", "layout", "deeper", "gate", "reads", "anchors", "per_element", "relevance"),
+    "seed",
+)
 
 
 def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write tensors and config into an existing folder."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
+    config = {**config, "digest": _file_digest(folder / WEIGHTS)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -53,9 +59,46 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{folder / CONFIG} has format {got!r}; this version of ib_explain reads format {FORMAT}")
     if missing := [key for key in NEEDED if key not in config]:
         raise ValueError(f"{folder} is damaged: its {CONFIG} has no {missing[0]!r}")
+    if wrong := next((key for key, fits in CHECKS.items() if key in config and not fits(config[key])), None):
+        raise ValueError(f"{folder} is damaged: its {CONFIG} has {wrong}={config[wrong]!r}"[:300])
     if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"{folder} is damaged: {broken[0]} in {WEIGHTS} has NaN or infinite values")
+    if broken := [name for name, tensor in tensors.items() if name.endswith(".std") and not (tensor > 0).all()]:
+        raise ValueError(f"{folder} is damaged: {broken[0]} in {WEIGHTS} must be above 0")
+    if config.get("digest") not in (None, _file_digest(folder / WEIGHTS)):
+        raise ValueError(f"{folder} is damaged: {WEIGHTS} is not the file that {CONFIG} was written for")
     return tensors, config
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _is_layout(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {field.name for field in fields(Layout)}
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(n, int) and n > 0 for n in value)
+
+
+# What each entry of a config must be; what it names (a layer, a gate) is checked where it is used.
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    "host": lambda v: isinstance(v, dict) and {"architecture", "structure", "weights"} <= v.keys(),
+    "layer": lambda v: isinstance(v, str),
+    "input_size": _is_size,
+    "layout": _is_layout,
+    "deeper": lambda v: (
+        isinstance(v, list) and all(isinstance(e, list) and len(e) == 2 and _is_layout(e[1]) for e in v)
+    ),
+    "gate": lambda v: isinstance(v, str),
+    "reads": lambda v: isinstance(v, str),
+    "anchors": lambda v: isinstance(v, int),
+    "per_element": lambda v: isinstance(v, bool),
+    "relevance": lambda v: isinstance(v, bool),
+    "seed": lambda v: isinstance(v, int),
+    "record": lambda v: v is None or isinstance(v, dict),
+}
 
 
 def host_facts(model: nn.Module) -> dict[str, Any]:
@@ -66,7 +109,7 @@ def host_facts(model: nn.Module) -> dict[str, Any]:
     return {
         "class": type(host).__name__,
         "architecture": name or type(host).__name__,
-        "structure": _digest(f"{key}{tuple(t.shape)}" for key, t in host.state_dict().items()),
+        "structure": _digest(f"{key}{tuple(t.shape)}" for key, t in _tensors(host).items()),
         "weights": fingerprint(host),
     }
 
@@ -74,12 +117,18 @@ def host_facts(model: nn.Module) -> dict[str, Any]:
 def fingerprint(model: nn.Module) -> str:
     """A digest of the host's weights: up to 1,024 evenly spaced values of every parameter and buffer."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in unwrap(model).state_dict().items():
-        flat = tensor.detach().flatten()
+    for name, tensor in _tensors(unwrap(model)).items():
+        tensor = tensor.detach()
+        flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten()
         digest.update(name.encode())
         values = flat[:: max(1, flat.numel() // 1024)]
         digest.update(np.ascontiguousarray(values.to("cpu", torch.float64).numpy()).tobytes())
     return digest.hexdigest()
+
+
+def _tensors(host: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; a module's own extra state may be anything and is left out."""
+    return {name: value for name, value in host.state_dict().items() if isinstance(value, Tensor)}
 
 
 def versions() -> dict[str, str]:
@@ -93,15 +142,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def layout_from_json(fields: dict[str, Any]) -> Layout:
+def layout_from_json(stored: dict[str, Any]) -> Layout:
     """The `Layout` that `dataclasses.asdict` wrote."""
-    order = fields["order"]
+    order = stored["order"]
     return Layout(
         **{
-            **fields,
-            "path": tuple(fields["path"]),
-            "axes": tuple(fields["axes"]),
-            "grid": tuple(fields["grid"]),
+            **stored,
+            "path": tuple(stored["path"]),
+            "axes": tuple(stored["axes"]),
+            "grid": tuple(stored["grid"]),
             "order": None if order is None else tuple(order),
         }
     )

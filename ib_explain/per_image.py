@@ -82,7 +82,9 @@ def optimise(
             noise = torch.zeros(0)
             for copy in range(settings.copies):
                 if copy % 2 == 0:
-                    noise = torch.randn((1, *features.shape[1:]), generator=generator, device=features.device)
+                    noise = torch.randn(
+                        (1, *features.shape[1:]), dtype=torch.float32, generator=generator, device=features.device
+                    )
                 attention = logit.sigmoid()
                 restricted = restriction.apply_to(seen, layout, attention, noise if copy % 2 == 0 else -noise)
                 loss = F.cross_entropy(seen.tail(restricted).float(), seen.target, reduction="sum")
@@ -101,7 +103,9 @@ def _beta(
 ) -> Tensor:
     if settings.beta is not None:
         return torch.full((len(seen.features),), settings.beta, device=seen.features.device)
-    noise = torch.randn((1, *seen.features.shape[1:]), generator=generator, device=seen.features.device)
+    noise = torch.randn(
+        (1, *seen.features.shape[1:]), dtype=torch.float32, generator=generator, device=seen.features.device
+    )
     with torch.no_grad():
         closed = seen.tail(restriction.apply_to(seen, layout, torch.zeros((), device=noise.device), noise))
     return PRICE * nats_at_stake(seen.logits, closed)

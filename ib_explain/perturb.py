@@ -128,7 +128,7 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def _noise(x: Tensor, seed: int) -> Tensor:
-    field = torch.randn(x.shape[1:], generator=generator_of(seed)).to(x)
+    field = torch.randn(x.shape[1:], dtype=torch.float32, generator=generator_of(seed)).to(x)
     return _mean(x) + x.std(dim=(2, 3), keepdim=True, correction=0) * field
 
 

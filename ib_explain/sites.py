@@ -216,9 +216,9 @@ def _size(model: nn.Module, given: Any) -> tuple[int, int, int]:
     if given is None:
         return input_size_of(model)
     size = tuple(given) if isinstance(given, tuple | list) else ()
-    if len(size) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
+    if len(size) != 3 or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 1 for n in size):
         raise ValueError(f"input_size must be (channels, height, width), such as (3, 224, 224), got {given!r}")
-    return size[0], size[1], size[2]
+    return int(size[0]), int(size[1]), int(size[2])
 
 
 @dataclass

@@ -9,6 +9,7 @@ from torch import Tensor
 
 __all__ = ["Moments", "RunningMean", "RunningMoments"]
 
+ROUNDING = 1e-6  # of float32 sums, relative
 STD_FLOOR = 1e-2  # of the mean standard deviation over channels: a dead channel must not look infinitely surprising
 
 
@@ -63,6 +64,12 @@ class RunningMoments:
         """Add what another estimate has seen."""
         if other.count:
             self._join(other.images, other.count, other.mean, other.squares)
+
+    @property
+    def varies(self) -> bool:
+        """Whether any value differs from its mean by more than rounding."""
+        deviation = (self.squares / max(self.count, 1)).sqrt()
+        return bool((deviation > ROUNDING * self.mean.abs()).any())
 
     def result(self) -> Moments:
         """The estimate so far.

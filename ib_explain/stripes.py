@@ -26,10 +26,10 @@ def probe_images(count: int, size: tuple[int, int, int], seed: int) -> Tensor:
     """Smooth multi-scale noise of unit variance, (count, C, H, W) float32: it excites every scale and no class."""
     generator = generator_of(seed)
     channels, height, width = size
-    image = torch.zeros(count, channels, height, width)
+    image = torch.zeros(count, channels, height, width, dtype=torch.float32)
     for octave in range(6):
         h, w = min(height, 2 ** (octave + 2)), min(width, 2 ** (octave + 2))
-        coarse = torch.randn(count, channels, h, w, generator=generator)
+        coarse = torch.randn(count, channels, h, w, dtype=torch.float32, generator=generator)
         image += F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
     return image / image.std(dim=(1, 2, 3), keepdim=True)
 

@@ -70,7 +70,7 @@ def class_rows(model: nn.Module, classes: int, seed: int = 0) -> Tensor:
     ]
     if rows:
         return rows[-1].detach().float().clone()
-    return torch.randn(classes, 64, generator=generator_of(seed))
+    return torch.randn(classes, 64, dtype=torch.float32, generator=generator_of(seed))
 
 
 def _as_int64(target: Any, batch: int) -> Tensor:

@@ -115,6 +115,11 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.started = time.monotonic()
 
+    @property
+    def classes(self) -> int | None:
+        """The host's, known from the first step on."""
+        return None if self.closed is None else self.closed.shape[1]
+
     def step(self, x: Tensor, labels: Tensor | None) -> None:
         """One clean pass of a batch, and `UPDATES` steps of the optimiser on it, each with noise of its own."""
         first, *later = (
@@ -209,7 +214,20 @@ class Trainer:
         return {"tensors": tensors, "run": run}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            ValueError: it is damaged.
+        """
         run, tensors = state["run"], dict(state["tensors"])
+        expected = {f"{i}.{key}": p.shape for i, p in enumerate(self.parameters) for key in ("exp_avg", "exp_avg_sq")}
+        expected |= {f"{i}.step": torch.Size() for i in range(len(self.parameters))}
+        found = {name: value.shape for name, value in tensors.items() if name != "closed"}
+        steps = self.settings.steps
+        if found != expected or "closed" not in tensors or not 0 < run["step"] <= steps:
+            wrong = sorted({*found.items()} ^ {*expected.items()})
+            what = f"{wrong[0][0]} is missing or of another shape" if wrong else f"step {run['step']} of {steps}"
+            raise ValueError(f"the checkpoint is damaged: {what}")
         self.closed = tensors.pop("closed").to(self.parameters[0].device)
         optimiser = self.optimiser.state_dict()
         optimiser["state"] = {}
@@ -320,12 +338,12 @@ class _BatchNoise:
     def normal(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
         """N(0, 1) for this process's images, (B, *shape)."""
         everyone = (self.batch * self.share.world, *shape)
-        return self._mine(torch.randn(everyone, generator=self.generator, device=self.device))
+        return self._mine(torch.randn(everyone, dtype=torch.float32, generator=self.generator, device=self.device))
 
     def uniform(self) -> Tensor:
         """In [0, 1), (B, 1)."""
         everyone = (self.batch * self.share.world, 1)
-        return self._mine(torch.rand(everyone, generator=self.generator, device=self.device))
+        return self._mine(torch.rand(everyone, dtype=torch.float32, generator=self.generator, device=self.device))
 
     def draw(self, probabilities: Tensor) -> Tensor:
         """One class for each row of (B, K) probabilities."""

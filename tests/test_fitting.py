@@ -1,5 +1,6 @@
 """Fitting: what trains, what data may be, resuming after a kill, several processes, beta from a budget."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -7,10 +8,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch.utils.data import DataLoader, TensorDataset
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ib_explain.bottleneck.attention import AttentionNetwork
 from ib_explain.data.batches import Batches, Share
@@ -475,3 +477,81 @@ def test_two_processes_give_the_bottleneck_of_one_with_twice_the_batch(tmp_path)
     a, b = (IBAttention.load(tmp_path / n, host) for n in ("one", "two"))
     # Adam moves each weight by up to 2e-3 a step: rounding in a tiny gradient may show in a single one.
     assert_equal(weights(a), weights(b), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.rand(8, CLASSES), torch.zeros(8, 1), [f"{i}.jpg" for i in range(8)], {"any": "thing"}, torch.full((8,), -1)],
+)
+def test_labels_that_nobody_asks_for_may_be_anything(labels):
+    data = [images(8)]
+    assert_equal(weights(fit([(data[0], labels)], steps=2)), weights(fit(data, steps=2)))
+
+
+@pytest.mark.parametrize("kind", [list, np.asarray])
+def test_labels_may_be_lists_and_arrays(kind):
+    labels = torch.arange(8) % CLASSES
+    asked = fit([(images(8), kind(labels.tolist()))], steps=2, objective="label")
+    assert_equal(weights(asked), weights(fit([(images(8), labels)], steps=2, objective="label")))
+
+
+def test_a_loader_that_is_dealt_already_is_not_dealt_again():
+    data = TensorDataset(torch.arange(16.0).view(16, 1, 1, 1).expand(16, 3, 2, 2))
+
+    def seen(rank):
+        loader = DataLoader(data, 2, sampler=DistributedSampler(data, 2, rank))
+        read = itertools.islice(Batches(loader, 0, Share(rank, 2))(), 8)
+        return [x[:, 0, 0, 0].tolist() for x, _ in read]
+
+    for first in (seen(0), seen(1)):
+        assert first[:4] != first[4:]  # another order in the second epoch
+    assert sorted(v for rank in (0, 1) for batch in seen(rank)[:4] for v in batch) == list(range(16))
+
+
+def test_data_that_can_be_read_only_once_says_so():
+    class Once(torch.utils.data.IterableDataset):
+        def __init__(self):
+            self.source = iter(images(16))
+
+        def __iter__(self):
+            return self.source
+
+    with pytest.raises(ValueError, match="data could be read only once, and its batches are used up"):
+        fit(DataLoader(Once(), 8), steps=4)
+
+
+def test_features_that_never_vary_are_refused():
+    with pytest.raises(ValueError, match="the features of layer 'stages.1' are the same for all 8 images"):
+        IBAttention(tiny().requires_grad_(False), "stages.1", per_element=True).fit(
+            [images(1).expand(8, -1, -1, -1)], steps=1, show_progress=False
+        )
+
+
+def test_another_default_precision_changes_nothing():
+    data = [images(8)]
+    expected = fit(data, steps=2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        ib = IBAttention(expected.host, "stages.1").fit(data, steps=2, show_progress=False)
+        assert {value.dtype for value in weights(ib).values() if value.is_floating_point()} == {torch.float32}
+        assert torch.isfinite(ib.attribute(data[0], refine=2)).all()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tensors: tensors.pop("closed"), "is damaged"),
+        (lambda tensors: tensors.pop("0.exp_avg_sq"), "0.exp_avg_sq is missing or of another shape"),
+        (lambda tensors: tensors.update({"1.exp_avg": torch.zeros(2)}), "1.exp_avg is missing or of another shape"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(tmp_path, change, told):
+    data, folder = batches(), tmp_path / "run"
+    fit(data, steps=4, checkpoint=folder, every=2)
+    tensors = load_file(folder / "optimiser.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "optimiser.safetensors")
+    with pytest.raises(ValueError, match=told):
+        fit(data, steps=4, checkpoint=folder, resume=True)

@@ -174,12 +174,71 @@ def test_weights_that_are_missing_or_broken(saved, tmp_path):
     tensors = load_file(file)
     name = next(n for n in tensors if n.startswith("network"))
     save_file({n: t for n, t in tensors.items() if n != name}, file)
+    with pytest.raises(ValueError, match="is damaged: bottleneck.safetensors is not the file that config.json was"):
+        IBAttention.load(tmp_path / "ib", tiny())
+    config = json.loads((tmp_path / "ib" / "config.json").read_text())
+    (tmp_path / "ib" / "config.json").write_text(json.dumps({**config, "digest": None}))
     with pytest.raises(ValueError, match="does not fit this model: .*Missing key") as caught:
         IBAttention.load(tmp_path / "ib", tiny())
     assert "\n" not in str(caught.value)
     save_file(tensors | {name: tensors[name] * torch.nan}, file)
     with pytest.raises(ValueError, match=f"{name} in bottleneck.safetensors has NaN"):
         IBAttention.load(tmp_path / "ib", tiny())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("host", {}),
+        ("host", None),
+        ("input_size", [64, 64]),
+        ("input_size", [3, -1, 64]),
+        ("layout", None),
+        ("layout", {"grid": [3, 3]}),
+        ("deeper", None),
+        ("record", "x"),
+        ("seed", "x"),
+    ],
+)
+def test_a_damaged_config_is_named(saved, tmp_path, key, value):
+    saved[0].save(tmp_path / "ib")
+    file = tmp_path / "ib" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ValueError, match=f"is damaged: its config.json has {key}="):
+        IBAttention.load(tmp_path / "ib", tiny())
+
+
+def test_loaded_under_inference_mode(saved):
+    ib, path = saved
+    x = images(2)
+    with torch.inference_mode():
+        loaded = IBAttention.load(path, ib.host)
+        torch.testing.assert_close(loaded.attribute(x), ib.attribute(x))
+    torch.testing.assert_close(loaded.attribute(x, refine=2), ib.attribute(x, refine=2))
+
+
+def test_the_number_of_classes_is_kept(saved):
+    ib, path = saved
+    config = json.loads((path / "config.json").read_text())
+    assert config["classes"] == config["record"]["classes"] == ib.host(images(1)).shape[1]
+
+
+def test_a_host_with_extra_state_and_complex_buffers(tmp_path):
+    class Odd(type(tiny())):
+        def get_extra_state(self):
+            return {"anything": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    host = Odd()
+    host.register_buffer("phase", torch.ones(3, dtype=torch.complex64))
+    ib = IBAttention(host, "stages.1").fit([images(4)], steps=1, show_progress=False)
+    ib.save(tmp_path / "ib")
+    assert IBAttention.load(tmp_path / "ib", host).fitted
+    before = fingerprint(host)
+    host.phase.imag += 1
+    assert fingerprint(host) != before
 
 
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(saved):

@@ -131,6 +131,7 @@ class Bottleneck(nn.Module):
             # The fit fills them in: mean of ln p with nothing let through, and the label bits of a typical image.
             self.register_buffer("closed", torch.zeros(1, relevance))
             self.register_buffer("typical_bits", torch.ones(()))
+        self.float()  # whatever torch.get_default_dtype() says
 
     def attend(self, seen: Observation, noise: Tensor | None = None) -> Attention:
         """Attention for the observed images and their targets.

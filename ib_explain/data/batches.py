@@ -33,20 +33,26 @@ class Batches:
     Args:
         data: an iterable of batches that can be read again (a DataLoader, a list), or once (a generator).
         seed: decides the order.
-        share: this process's part.
+        share: this process's part. Data whose sampler deals to as many processes already (torch's
+            `DistributedSampler`, timm's `create_loader(distributed=True)`) is taken as it comes.
+        labelled: whether labels are wanted; if not, they may be anything.
     """
 
-    def __init__(self, data: Iterable[Any], seed: int, share: Share | None = None) -> None:
+    def __init__(self, data: Iterable[Any], seed: int, share: Share | None = None, *, labelled: bool = False) -> None:
         if isinstance(data, str | bytes | Tensor | dict) or not hasattr(data, "__iter__"):
             raise TypeError(
                 f"data must be an iterable of batches, got {type(data).__name__}; pass a DataLoader or a list"
             )
-        self.data, self.seed, self.share = data, seed, share or Share()
+        self.data, self.seed, self.share, self.labelled = data, seed, share or Share(), labelled
+        self._sampler = getattr(data, "sampler", None)
+        world = self.share.world
+        self._is_dealt = world > 1 and getattr(self._sampler, "num_replicas", None) == world
         self._once = iter(data) if hasattr(data, "__next__") else None
         self._own: Iterable[Any] | None = None
-        if self.share.world > 1 and has_plan(data):
+        if world > 1 and not self._is_dealt and has_plan(data):
             self._own = with_plan(data, _Dealt(data.batch_sampler, self.share))  # type: ignore[arg-type]
         self._size: tuple[int, ...] | None = None
+        self._any = False  # whether there has been any batch
         self._kept: list[Any] = []  # what a one-time iterator gave to the statistics, for the training that follows
 
     @property
@@ -72,7 +78,7 @@ class Batches:
                 ended = f"data was a one-time iterator and ended after {position} batches"
                 raise ValueError(f"{ended}; pass a DataLoader or a list")
             if position == before:
-                raise ValueError("data yielded no batch: an empty loader, or fewer batches than processes")
+                raise ValueError(self._nothing())
             epoch += 1
 
     def first(self, images: int) -> Generator[tuple[Tensor, Tensor | None]]:
@@ -90,18 +96,33 @@ class Batches:
             if seen >= images:
                 return
         if not seen:
-            raise ValueError("data yielded no batch: an empty loader, or fewer batches than processes")
+            raise ValueError(self._nothing())
+
+    def _nothing(self) -> str:
+        if self._any:
+            return "data could be read only once, and its batches are used up; pass what can be read again, or a list"
+        return "data yielded no batch: an empty loader, or fewer batches than processes"
 
     def _epoch(self, epoch: int, *, keep: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
         seed = self.seed * 1_000_003 + epoch
         with seeded(seed), own_generator_seeded(self.data, seed):
-            for batch in self._own if self._own is not None else _Dealt(self._read_through(keep), self.share):
-                images, labels = images_of(batch)
+            for batch in self._mine(epoch, keep):
+                self._any = True
+                images, labels = images_of(batch, labelled=self.labelled)
                 size = tuple(images.shape[1:])
                 if self._size not in (None, size):
                     raise ValueError(f"images must be of one size, got {size} after {self._size}")
                 self._size = size
                 yield images, labels
+
+    def _mine(self, epoch: int, keep: bool) -> Iterable[Any]:
+        """This process's batches of an epoch."""
+        if self._is_dealt:
+            set_epoch = getattr(self._sampler, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+            return self._read_through(keep)
+        return self._own if self._own is not None else _Dealt(self._read_through(keep), self.share)
 
     def _read_through(self, keep: bool) -> Iterator[Any]:
         """All batches of an epoch, those kept of a one-time iterator first."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -144,7 +146,7 @@ def open_dataset(
         place = _find_split(root, split)
         try:
             dataset = create_dataset("", str(place), search_split=False)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, OSError, EOFError, tarfile.TarError) as error:
             raise ValueError(f"no images in {place}: {error}") from None
         classes = getattr(dataset.reader, "class_to_idx", {})
         if set(classes) == {""}:
@@ -157,13 +159,14 @@ def open_dataset(
     return dataset
 
 
-def images_of(batch: Any) -> tuple[Tensor, Tensor | None]:
+def images_of(batch: Any, *, labelled: bool = True) -> tuple[Tensor, Tensor | None]:
     """Return images (B, C, H, W) and labels (B,) int64, or None, from what a loader yields.
 
     Args:
         batch: a tensor of images, or a tuple or list whose first element are the images and whose second, if there is
-            one, are integer labels (anything behind it is left alone). Labels that are all negative mean that there are
-            none, as in timm.
+            one, are integer labels: a tensor, an array or a list (anything behind it is left alone). Labels that are
+            all negative mean that there are none, as in timm.
+        labelled: False leaves labels alone, whatever they are.
 
     Raises:
         TypeError: anything else, such as a dict.
@@ -175,9 +178,12 @@ def images_of(batch: Any) -> tuple[Tensor, Tensor | None]:
         keys = f" with keys {', '.join(map(repr, batch))}" if isinstance(batch, dict) else ""
         raise TypeError(f"a batch must be images or (images, labels), got {type(batch).__name__}{keys}")
     images = check_images(batch[0], name="images")
-    if len(batch) == 1 or batch[1] is None:
+    if not labelled or len(batch) == 1 or batch[1] is None:
         return images, None
     labels = batch[1]
+    if isinstance(labels, np.ndarray | list) and len(labels):
+        with contextlib.suppress(TypeError, ValueError):  # names, say: refused below as they are
+            labels = torch.as_tensor(np.asarray(labels))
     if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.dtype not in _INTEGERS:
         came = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"the batch's labels must be {len(images)} integers, one an image, got {came}")
@@ -210,7 +216,7 @@ def _find_split(root: str | Path | None, split: str | None) -> Path:
     raise ValueError(f"no split {split!r} in {place}; there: {', '.join(there[:12]) or 'no folder and no tar file'}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _reading(what: str | Path) -> Iterator[None]:
     try:
         yield

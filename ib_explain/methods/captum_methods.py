@@ -152,7 +152,7 @@ class GradientShap:
         if self.baselines is not None:
             baselines = check_images(self.baselines, size=call.input_size, name="baselines").to(call.x)
         generator = generator_of(call.seed)
-        where = torch.rand(self.samples, generator=generator).to(call.x)
+        where = torch.rand(self.samples, dtype=torch.float32, generator=generator).to(call.x)
         which = torch.randint(len(baselines), (self.samples,), generator=generator).to(call.x.device)
         total, classes, start = torch.zeros_like(call.x, dtype=torch.float32), call.classes(), 0
         for draws in _noise(call, self.samples):

@@ -32,7 +32,7 @@ class Random:
         maps = []
         for own in _fingerprints(call.x).tolist():  # the same image has the same map in any batch
             generator = generator_of(own + call.seed * 0x9E3779B1)
-            maps.append(torch.rand(1, *call.size, generator=generator))
+            maps.append(torch.rand(1, *call.size, dtype=torch.float32, generator=generator))
         return torch.stack(maps).to(call.x.device)
 
 

@@ -98,7 +98,9 @@ class IBA:
         at_once = len(seen.features) // count
         with torch.enable_grad():
             for _ in range(self.steps - 1):
-                noise = torch.randn((self.copies, *features.shape[1:]), generator=generator, device=features.device)
+                noise = torch.randn(
+                    (self.copies, *features.shape[1:]), dtype=torch.float32, generator=generator, device=features.device
+                )
                 alpha.grad = torch.zeros_like(alpha)
                 for part in noise.split(at_once):
                     closed = _closed(alpha)  # 1 - lambda

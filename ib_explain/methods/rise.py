@@ -46,8 +46,8 @@ class RISE:
         call.refuse_layer("rise")
         # Drawn on the CPU, all at once: the masks are the same on every device and in passes of any size.
         generator = generator_of(call.seed)
-        cells = torch.rand(self.masks, self.cells, self.cells, generator=generator) < self.keep
-        shifts = torch.rand(self.masks, 2, generator=generator)
+        cells = torch.rand(self.masks, self.cells, self.cells, dtype=torch.float32, generator=generator) < self.keep
+        shifts = torch.rand(self.masks, 2, dtype=torch.float32, generator=generator)
         heat = call.x.new_zeros((len(call.x), *call.size), dtype=torch.float32)
         classes = call.classes()
         with torch.no_grad():

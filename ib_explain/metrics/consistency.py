@@ -179,7 +179,7 @@ def _patched(x: Tensor, side: int, seed: int) -> tuple[Tensor, Tensor]:
     window = torch.zeros(height, width, dtype=torch.bool, device=x.device)
     window[top : top + side, left : left + side] = True
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    shade = torch.rand(x.shape[1], 1, 1, generator=generator).to(x)
+    shade = torch.rand(x.shape[1], 1, 1, dtype=torch.float32, generator=generator).to(x)
     return torch.where(window, low + (high - low) * shade, x), window
 
 

@@ -128,7 +128,7 @@ class _Imputer:
         empty = int(removed.flatten(1).all(1).sum())
         if empty:
             raise ValueError(f"at least one pixel of each image must be left, got {empty} images with none")
-        field = torch.randn(x.shape[1:], generator=generator_of(self.seed)).to(x)
+        field = torch.randn(x.shape[1:], dtype=torch.float32, generator=generator_of(self.seed)).to(x)
         filled = torch.empty_like(x)
         # On a CPU, a few images at a time stay in its cache.
         size = _IMAGES_AT_ONCE if x.device.type == "cpu" else len(x)

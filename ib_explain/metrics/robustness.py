@@ -122,7 +122,7 @@ def _max_sensitivity(
         raise TypeError(f"explain must be a function (model, x, target) -> maps, got {explain!r}")
     samples = check_positive_int(samples, "samples")
     check_number(radius, "radius (in normalised units)", above=0)
-    noise = torch.rand(samples, *probe.x.shape[1:], generator=generator_of(seed))
+    noise = torch.rand(samples, *probe.x.shape[1:], dtype=torch.float32, generator=generator_of(seed))
     noise = radius * (2 * noise - 1)
     scores = []
     with frozen(probe.model) as host:
@@ -172,7 +172,7 @@ class _Draws:
 def _squares(samples: int, height: int, width: int, seed: int) -> Tensor:
     """Random squares as masks (samples, 1, H, W) of 0 and 1."""
     generator = generator_of(seed)
-    side, top, left = torch.rand(3, samples, 1, generator=generator)
+    side, top, left = torch.rand(3, samples, 1, dtype=torch.float32, generator=generator)
     largest = max(1, round(10 / 28 * min(height, width)))
     side = 1 + (side * largest).long().clamp_max(largest - 1)
     top, left = (top * (height - side + 1)).long(), (left * (width - side + 1)).long()
