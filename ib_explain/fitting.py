@@ -112,9 +112,8 @@ def estimate_statistics(
             side.merge(other_side)
     device = host_device(host)
     if not running[0].varies:
-        what = "at each position " if per_element else ""
         raise ValueError(
-            f"the features of layer {place.site.name!r} are {what}the same for all {running[0].images} images; "
+            f"the features of layer {place.site.name!r} do not vary over the {running[0].images} images; "
             "statistics need images that differ"
         )
     site, *deep = [r.result().to(device) for r in running]

@@ -103,6 +103,7 @@ def test_help_has_an_example_for_each_command_and_needs_no_torch():
         (["layers", *MODEL, "--layer", "layer9"], "has no layer 'layer9'; did you mean 'layer4'"),
         (["layers", *MODEL, "--layer", "fc"], "layer 'fc' has no spatial grid"),
         (["layers", "test_vit", "--input-size", "20"], "test_vit does not take inputs of 3x20x20"),
+        (["layers", "test_vit", "--layer", "blocks.0.attn.attn_drop"], "'blocks.0.attn.attn_drop' does not run in one"),
         (["fit", *MODEL], "give --data ROOT"),
         (["fit", *MODEL, "--data", "nowhere"], "no such folder or tar file: nowhere"),
         (["attribute", *MODEL], "name images, or --data ROOT, got neither"),
@@ -378,3 +379,21 @@ def test_weights_that_cannot_be_fetched_are_exit_code_1(monkeypatch, capsys):
     monkeypatch.setattr(timm, "create_model", offline)
     assert main(["layers", "hf-hub:someone/something"]) == 1
     assert capsys.readouterr().err == "ib-explain: cannot fetch 'hf-hub:someone/something': cannot reach the hub\n"
+
+
+def test_a_damaged_tar_file_is_named(host, tmp_path, capsys):
+    (tmp_path / "bad.tar").write_bytes(b"no archive at all")
+    for command in ("fit", "attribute"):
+        words = [command, *host, "--data", tmp_path / "bad.tar", "--out", tmp_path / "out"]
+        assert "no images in" in fails(capsys, *words)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_fit_leaves_out_what_it_cannot_read_and_says_so(host, pictures, tmp_path, capfd, workers):
+    shutil.copytree(pictures / "train", tmp_path / "train")
+    (tmp_path / "train" / "a" / "0.png").write_bytes(b"x")
+    words = ["fit", *host, "--data", tmp_path / "train", "--steps", 4, "--batch-size", 4, "--workers", workers]
+    assert main([str(word) for word in [*words, "--out", tmp_path / "ib"]]) == 2
+    said = capfd.readouterr()
+    assert said.err.count("cannot read image a/0.png") == 1 and "saved in" in said.out
+    assert (tmp_path / "ib" / "bottleneck.safetensors").is_file()

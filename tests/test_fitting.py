@@ -521,7 +521,7 @@ def test_data_that_can_be_read_only_once_says_so():
 
 
 def test_features_that_never_vary_are_refused():
-    with pytest.raises(ValueError, match="the features of layer 'stages.1' are the same for all 8 images"):
+    with pytest.raises(ValueError, match="the features of layer 'stages.1' do not vary over the 8 images"):
         IBAttention(tiny().requires_grad_(False), "stages.1", per_element=True).fit(
             [images(1).expand(8, -1, -1, -1)], steps=1, show_progress=False
         )

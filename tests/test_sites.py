@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ib_explain.hooks import weights_state
 from ib_explain.ib import IBAttention
 from ib_explain.layouts import Layout
 from ib_explain.sites import candidate_layers, deeper_sites, default_layer, input_size_of, resolve_site, sites
@@ -475,3 +476,12 @@ def test_the_number_of_channels_is_that_of_the_images(name, options, channels):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=2, **options)
     assert input_size_of(model)[0] == channels
+
+
+def test_running_statistics_that_changed_are_noticed():
+    norm = nn.BatchNorm2d(4)
+    host = nn.Sequential(nn.Conv2d(3, 4, 3), norm)
+    before = weights_state(host)
+    assert weights_state(host) == before
+    norm.running_var.mul_(2)
+    assert weights_state(host) != before

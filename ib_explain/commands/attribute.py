@@ -30,7 +30,7 @@ from ib_explain.commands.common import (
     preprocess_for,
 )
 from ib_explain.commands.map_folder import SHEET, MapFolder, plan_names
-from ib_explain.data.images import ImageFiles, LabelledImages, list_images, open_dataset
+from ib_explain.data.images import ImageFiles, LabelledImages, UnreadableImage, list_images, open_dataset
 from ib_explain.data.preprocessing import Preprocess
 from ib_explain.hooks import host_device
 from ib_explain.hosts import class_names
@@ -137,7 +137,7 @@ class _Reader(Dataset[_Item]):
     def __getitem__(self, index: int) -> _Item:
         try:
             image, label = self.pictures.load(index)
-        except ValueError as error:
+        except UnreadableImage as error:
             return _Item(index, None, -1, "", str(error))
         return _Item(index, self.transform(image), -1 if label is None else label, _digest(self.paths[index]), "")
 

@@ -1,4 +1,4 @@
-"""`ib-explain fit MODEL`: fit a bottleneck on training images and save it."""
+"""`ib-explain fit MODEL`: fit a bottleneck on training images and save it. Images that cannot be read are left out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ib_explain.checkpoints import CHECKPOINT_FILES
 from ib_explain.commands.common import (
@@ -19,7 +21,7 @@ from ib_explain.commands.common import (
     preprocess_for,
     times,
 )
-from ib_explain.data.images import open_dataset
+from ib_explain.data.images import ImageFiles, LabelledImages, UnreadableImage, open_dataset
 from ib_explain.files import check_replaceable, remove_folder
 from ib_explain.ib import IBAttention
 from ib_explain.io import FILES
@@ -41,9 +43,11 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in ("gate", "reads", "anchors", "relevance", "seed")}
     ib = IBAttention(host, args.layer, **options)
     data = open_dataset(args.data, args.split, preprocess_for(host, size), name=args.dataset)
+    classes = class_folders(data)
     sized = not isinstance(data, IterableDataset)
+    readable = ReadableImages(data) if isinstance(data, ImageFiles | LabelledImages) else None
     loader = DataLoader(
-        data,
+        data if readable is None else readable,
         args.batch_size,
         shuffle=sized,
         num_workers=args.workers,
@@ -67,11 +71,33 @@ def run(args: argparse.Namespace) -> int:
         raise
     if first:
         assert ib.record is not None
-        ib.record["class_folders"] = class_folders(data)  # `attribute` shows them as the names of the classes
+        ib.record["class_folders"] = classes  # `attribute` shows them as the names of the classes
         ib.save(out)
         remove_folder(checkpoint, CHECKPOINT_FILES)
         print(_findings(args.model, ib, out, time.monotonic() - started))
-    return 0
+    return 2 if readable is not None and readable.bad.any() else 0
+
+
+class ReadableImages(Dataset[Any]):
+    """Pictures of which some cannot be read: each is named once, and the next one takes its place."""
+
+    def __init__(self, data: ImageFiles | LabelledImages) -> None:
+        self.data = data
+        self.reader = getattr(data, "reader", None)  # the record of a fit names its root
+        self.bad = torch.zeros(len(data), dtype=torch.bool).share_memory_()  # workers are processes of their own
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        for place in (*range(index, len(self)), *range(index)):
+            try:
+                return self.data[place]
+            except UnreadableImage as error:
+                if not self.bad[place]:
+                    self.bad[place] = True
+                    note(str(error))
+        raise ValueError(f"none of the {len(self)} images can be read")
 
 
 def _check_folders(out: Path, checkpoint: Path, *, resume: bool, overwrite: bool) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ib_explain.data.gaze import read_fixations as read_fixations
     from ib_explain.data.images import ImageFiles as ImageFiles
     from ib_explain.data.images import LabelledImages as LabelledImages
+    from ib_explain.data.images import UnreadableImage as UnreadableImage
     from ib_explain.data.images import images_of as images_of
     from ib_explain.data.images import list_images as list_images
     from ib_explain.data.images import open_dataset as open_dataset
@@ -35,6 +36,7 @@ _HOMES = {
     "Preprocess": "preprocessing",
     "Synthetic": "synthetic",
     "SyntheticSample": "synthetic",
+    "UnreadableImage": "images",
     "demo_host": "synthetic",
     "images_of": "images",
     "list_images": "images",

@@ -19,6 +19,7 @@ from ib_explain.checks import check_images
 __all__ = [
     "ImageFiles",
     "LabelledImages",
+    "UnreadableImage",
     "images_of",
     "list_images",
     "open_dataset",
@@ -31,11 +32,15 @@ _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 
 
+class UnreadableImage(ValueError):
+    """A file that is missing, no picture, or cut short."""
+
+
 def read_image(path: str | Path) -> Image.Image:
     """Read a picture as 8-bit RGB, turned upright as its EXIF orientation says.
 
     Raises:
-        ValueError: the file is missing or no picture, it is cut short, or it has more than 8 bits a channel.
+        UnreadableImage: the file is missing or no picture, it is cut short, or it has more than 8 bits a channel.
     """
     with _reading(path), Image.open(path) as image:
         return _as_rgb(ImageOps.exif_transpose(image))
@@ -221,7 +226,7 @@ def _reading(what: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # all of which Pillow raises
-        raise ValueError(f"cannot read image {what}: {error}") from error
+        raise UnreadableImage(f"cannot read image {what}: {error}") from error
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
