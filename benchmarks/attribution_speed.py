@@ -32,6 +32,7 @@ from ib_explain.data.batches import Batches
 from ib_explain.fitting import DEFAULT_IMAGES, launched
 from ib_explain.hooks import frozen
 from ib_explain.io import versions
+from ib_explain.metrics.cost import _peak_bytes
 from ib_explain.observation import observe
 from ib_explain.per_image import PerImageSettings, optimise
 from ib_explain.places import find_place
@@ -253,9 +254,14 @@ def per_image(options: argparse.Namespace) -> dict[str, object]:
 
 
 def memory(options: argparse.Namespace) -> dict[str, object]:
-    """Peak memory of a fitted `attribute` against the same passes by hand, each in a process of its own."""
+    """Peak memory of a fitted `attribute` against the same passes by hand.
+
+    Of a whole process, each in one of its own, and of the tensors alone that live at once meanwhile: without weights,
+    images, modules and what an allocator keeps.
+    """
     found = {}
     for name in LAYERS:
+        works = attribute_works(name, options)
         for work, against in [
             ("attribute, features", "forward"),
             ("attribute, gradient", "forward and backward behind the site"),
@@ -263,6 +269,11 @@ def memory(options: argparse.Namespace) -> dict[str, object]:
             peaks = [peak(f"{name}/{w}", options) for w in (work, against)]
             label = f"{name}: peak memory, {work} / {against}"
             found[label] = {"ratio": round(peaks[0] / peaks[1], 3), "megabytes": [round(p / 2**20) for p in peaks]}
+            made = [_peak_bytes(works[w], torch.device(options.device)) for w in (work, against)]
+            found[label]["tensors made meanwhile"] = {
+                "ratio": round(made[0] / made[1], 3),
+                "megabytes": [round(m / 2**20) for m in made],
+            }
             print(label, found[label], flush=True)
     return found
 
