@@ -432,7 +432,7 @@ def test_a_negative_seed_is_one(host):
 
 
 def test_metrics_take_no_options(host):
-    with pytest.raises(TypeError, match=r"metrics must be names, which take no options, got \("):
+    with pytest.raises(TypeError, match=r"the name of a metric must be a str, got \("):
         measure(host, [images(2)], metrics=[("insertion", {"steps": 10})])
 
 

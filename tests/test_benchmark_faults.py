@@ -58,7 +58,7 @@ def test_a_metric_that_fails_costs_its_own_cell(host, x):
     fitted = IBAttention(host, "stages.1").fit([x], steps=1, show_progress=False)
     board = measure(host, [x[:2]], [fitted, "edges"], ["infidelity", "model_randomisation", "sparsity_max_over_mean"])
     cell = board.summary.cells["ib_fitted", "model_randomisation"]  # which explains a copy with other weights
-    assert cell.status == "not_applicable" and "fitted to another model" in cell.reason
+    assert cell.status == "not_applicable" and "made for another model" in cell.reason
     assert board.summary.cells["ib_fitted", "infidelity"].n == 2
 
 
