@@ -186,8 +186,8 @@ def _metrics(names: Any) -> list[Metric]:
     for name in names:
         if not isinstance(name, str):
             raise TypeError(
-                f"the name of a metric must be a str, got {name!r}; metrics take no options: other settings are a metric "
-                "of your own (ib_explain.metrics.register_metric)"
+                f"the name of a metric must be a str, got {name!r}; metrics take no options: other settings are a "
+                "metric of your own (ib_explain.metrics.register_metric)"
             )
     found = [METRICS.get(name) for name in dict.fromkeys(names)]
     if not found:
