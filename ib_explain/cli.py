@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if hasattr(args, "images") and not any(word.startswith("-") for word in rest):
-        args.images += map(
-            Path, rest
-        )  # argparse takes one run of positional words; here they may stand between options
+    end = rest.index("--") if "--" in rest else len(rest)  # behind it a name may begin with a dash
+    if hasattr(args, "images") and not any(word.startswith("-") for word in rest[:end]):
+        # argparse takes one run of positional words; here they may stand between options
+        args.images += map(Path, rest[:end] + rest[end + 1 :])
     elif rest:
         return _say(f"unknown arguments: {' '.join(rest)}; see `ib-explain {args.command} --help`", MISTAKE)
     with warnings.catch_warnings():

@@ -397,3 +397,11 @@ def test_a_fit_leaves_out_what_it_cannot_read_and_says_so(host, pictures, tmp_pa
     said = capfd.readouterr()
     assert said.err.count("cannot read image a/0.png") == 1 and "saved in" in said.out
     assert (tmp_path / "ib" / "bottleneck.safetensors").is_file()
+
+
+def test_names_that_begin_with_a_dash_stand_behind_two(host, pictures, tmp_path, monkeypatch, capsys):
+    shutil.copy(pictures / "train" / "a" / "0.png", tmp_path / "-one two.png")
+    monkeypatch.chdir(tmp_path)
+    words = ["attribute", *host, "--method", "edges", "--out", "maps", "--workers", "0", "--", "-one two.png"]
+    assert main([str(word) for word in words]) == 0
+    assert (tmp_path / "maps" / "-one two.npz").is_file()
