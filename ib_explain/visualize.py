@@ -431,3 +431,9 @@ def _note(values: np.ndarray, unit: str) -> str:
         return ""
     total = float(values.sum(dtype=np.float64))
     return f"{total:,.0f} {unit} in total" if abs(total) >= 1000 else f"{total:.3g} {unit} in total"
+
+
+# The package's attribute of this name is the function: it carries the module's other names, so that
+# `ib_explain.visualize.overlay` and `import ib_explain.visualize as v` find them as well.
+for _function in (contact_sheet, denormalize, overlay):
+    setattr(visualize, _function.__name__, _function)

@@ -79,10 +79,11 @@ def test_functions_stay_functions_after_their_modules_are_imported():
     code = (
         "import ib_explain as ibx; import ib_explain.visualize, ib_explain.sites; "
         "from ib_explain.visualize import overlay; from ib_explain.sites import Site; "
-        "print(callable(ibx.visualize), callable(ibx.sites))"
+        "import ib_explain.visualize as v; "
+        "print(callable(ibx.visualize), callable(ibx.sites), v.overlay is overlay, ibx.visualize.contact_sheet.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "True"]
+    assert done.stdout.split() == ["True", "True", "True", "contact_sheet"]
 
 
 def test_every_public_function_of_the_package_has_a_docstring():
