@@ -15,7 +15,7 @@ import ib_explain as ibx
 from ib_explain.ib import IBAttention
 from ib_explain.objective import location_price, rate
 from ib_explain.per_image import REFINING_LR, PerImageSettings
-from tests.models import CLASSES, images, tiny
+from tests.models import images, tiny
 
 KINDS = ["cnn", "vit", "nhwc"]
 
@@ -166,52 +166,6 @@ def grid_attention(ib, host, x, refine):
         start = ib.bottleneck.attend(seen).value
         settings = PerImageSettings(steps=refine, lr=REFINING_LR, seed=ib.seed)
         return optimise(ib.bottleneck.restriction, seen, place.site.layout, settings, start)
-
-
-class TestRestrict:
-    def test_without_attention_the_output_does_not_depend_on_the_image(self, pair):
-        ib, host = pair
-        x = images(4, seed=9)
-        with ib.restrict(0.0) as restricted, torch.no_grad():
-            closed = restricted(x)
-        assert (closed - closed[:1]).abs().max() == 0
-        assert (host(x) - host(x)[:1]).abs().max() > 0.1
-
-    def test_full_attention_on_a_cut_gives_nearly_the_hosts_own_output(self, cnn):
-        ib, host = cnn
-        x = images(4, seed=9)
-        with ib.restrict(1.0) as restricted, torch.no_grad():
-            opened = restricted(x)
-        assert (opened - host(x)).abs().max() < 0.2 * host(x).std()
-
-    def test_several_passes_and_the_host_afterwards(self, cnn):
-        ib, host = cnn
-        before, plain = facts(host), host(images(2))
-        with ib.restrict() as restricted:
-            first, second = restricted(images(2)), restricted(images(3, seed=1))
-        assert first.shape == (2, CLASSES) and second.shape == (3, CLASSES)
-        assert not torch.allclose(first, plain)
-        assert_same(before, facts(host))
-        assert torch.equal(host(images(2)), plain)
-
-    def test_unfitted_needs_an_attention(self):
-        ib = IBAttention(tiny(), "stages.1")
-        with pytest.raises(RuntimeError, match="not fitted"), ib.restrict():
-            pass
-        with ib.restrict(0.0) as restricted:
-            closed = restricted(images(2))
-        assert torch.equal(closed[0], closed[1])
-
-    def test_attention_outside_the_unit_interval(self, cnn):
-        for bad, got in (
-            (1.5, "1.5"),
-            (-0.1, "-0.1"),
-            (torch.nan, "nan"),
-            (torch.ones(2, 1, 3, 3), r"\(2, 1, 3, 3\), 1 to 1"),
-        ):
-            expected = rf"attention must be a number or \(2, 1, \d+, \d+\), in \[0, 1\], got {got}"
-            with pytest.raises(ValueError, match=expected), cnn[0].restrict(bad) as restricted:
-                restricted(images(2))
 
 
 class TestHostStaysAsItWas:
@@ -525,58 +479,3 @@ class TestOtherMethods:
             ibx.attribute(cnn[1], images(2), method=lambda _m, x, _t: x[:1, :1])
         with pytest.raises(TypeError, match="must be a name"):
             ibx.attribute(cnn[1], images(2), method=3)
-
-
-@pytest.fixture(scope="module")
-def both():
-    host, data = tiny("cnn"), [images(8)]
-    early, late = (IBAttention(host, name).fit(data, steps=2, show_progress=False) for name in ("stages.0", "stages.1"))
-    return host, early, late
-
-
-class TestNestedRestriction:
-    """A clean pass inside a restricted one is nobody else's."""
-
-    def test_two_sites(self, both):
-        host, early, late = both
-        x = images(3, seed=5)
-        with early.restrict() as inside:
-            alone = inside(x)
-            with late.restrict() as inside:
-                together = inside(x)
-            torch.testing.assert_close(inside(x), alone)
-        with late.restrict(0.0), early.restrict():
-            torch.testing.assert_close(host(x), host(x[:1]).expand(3, -1))  # nothing passes the later site
-        assert not torch.allclose(together, alone)
-
-    def test_one_site_twice(self, both):
-        host, _, late = both
-        x = images(3, seed=5)
-        with late.restrict(0.0), late.restrict(1.0), late.restrict():
-            assert host(x).shape == (3, CLASSES)
-
-    @pytest.mark.parametrize("method", ["grad_cam", "saliency", "integrated_gradients", "ib"])
-    def test_methods_explain_the_restricted_host(self, both, method):
-        host, early, _ = both
-        x = images(2, seed=5)
-        options = {"ib": {"steps": 2}, "integrated_gradients": {"steps": 3}}.get(method, {})
-        plain = ibx.attribute(host, x, method=method, target=1, **options)
-        with early.restrict() as inside:
-            restricted = ibx.attribute(inside, x, method=method, target=1, **options)
-        assert restricted.shape == plain.shape and not torch.allclose(restricted, plain)
-        torch.testing.assert_close(ibx.attribute(host, x, method=method, target=1, **options), plain)
-
-    def test_the_fitted_one_itself_and_its_sites(self, both):
-        host, early, late = both
-        x = images(2, seed=5)
-        with early.restrict():
-            assert torch.isfinite(early.attribute(x)).all() and torch.isfinite(late.attribute(x, refine=2)).all()
-            assert early.information(x).shape == (2,)
-
-    def test_images_are_checked(self, both):
-        _, _, late = both
-        with late.restrict() as inside:
-            with pytest.raises(ValueError, match=r"got \(3, 24, 24\)"):
-                inside(images(1)[0])
-            with pytest.raises(ValueError, match="finite"):
-                inside(images(2) * torch.nan)

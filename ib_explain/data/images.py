@@ -142,8 +142,8 @@ def open_dataset(
     if name:
         try:
             dataset = create_dataset(name, None if root is None else str(root), split=split or "validation")
-        # Each of timm's readers refuses a name, a root or a split in its own way; NotImplementedError is that of some.
-        except (AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        # Each of timm's readers refuses a name, a root or a split in its own way.
+        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             hint = "; does it need a root?" if root is None else ""
             raise ValueError(f"timm cannot open the data set {name!r}{hint} ({told})") from error
