@@ -217,7 +217,7 @@ def _plain(value: Any) -> Any:
 def _digest(tensors: Iterable[Any]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
-        digest.update(torch.as_tensor(tensor).detach().cpu().contiguous().double().numpy().tobytes())
+        digest.update(torch.as_tensor(tensor, device="cpu").detach().contiguous().double().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ib_explain.hooks import capture, frozen, map_tensors, run_host
 from ib_explain.layouts import Layout
-from ib_explain.randomness import generator_of
+from ib_explain.randomness import generator_of, normal
 from ib_explain.statistics import RunningMoments
 from ib_explain.stripes import probe_batch
 from ib_explain.tails import Tail, TailRecorder
@@ -75,7 +75,7 @@ class CleanPass:
         features = layout.to_grid(self.outputs[name])
         moments = RunningMoments()
         moments.update(features)
-        noise = torch.randn(features.shape[1:], dtype=torch.float32, generator=generator_of(0)).to(features.device)
+        noise = normal(generator_of(0), *features.shape[1:]).to(features.device)
         still = moments.result().to(features.device).restore(noise)  # (1, C, h, w)
         return layout.with_grid(self.outputs[name], still.repeat(len(self.x), 1, 1, 1), self._held(name, layout))
 
@@ -119,7 +119,7 @@ class CleanPass:
             logits = tail(layout.with_grid(self.outputs[name], features.clone(), self._held(name, layout))).float()
             if not logits.requires_grad:
                 return None
-            weights = torch.randn(logits.shape, dtype=torch.float32, generator=generator_of(1)).to(logits.device)
+            weights = normal(generator_of(1), *logits.shape).to(logits.device)
             (gradient,) = torch.autograd.grad((logits * weights).sum(), features, allow_unused=True)
         return None if gradient is None else gradient.float()
 

@@ -46,7 +46,7 @@ from ib_explain.maps import resize, spread, spread_signed, without_lattice, with
 from ib_explain.observation import Observation, observe
 from ib_explain.per_image import REFINING_LR, PerImageSettings, optimise
 from ib_explain.places import Place, find_place
-from ib_explain.randomness import check_seed, generator_of
+from ib_explain.randomness import check_seed, generator_of, normal
 from ib_explain.sites import Site, input_size_of
 from ib_explain.stripes import probe_images
 from ib_explain.targets import Target, class_rows
@@ -379,10 +379,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 restriction, seen, layout, value = plan[0]
                 # The same values as in the clean pass, but with their graph: gradients reach the images.
                 seen = dataclasses.replace(seen, output=output, features=layout.to_grid(output))
-                shape = (1, *seen.features.shape[1:])
-                noise = torch.randn(
-                    shape, dtype=torch.float32, generator=generator_of(self.seed, value.device), device=value.device
-                )
+                noise = normal(generator_of(self.seed, value.device), 1, *seen.features.shape[1:])
                 return restriction.apply_to(seen, layout, value, noise)
 
             with replace_output(host, str(self.layer_name), edit, before=prepare):

@@ -128,7 +128,7 @@ class Layout:
 
     @functools.cached_property
     def _raster(self) -> Tensor:
-        return torch.tensor(self.order)
+        return torch.tensor(self.order, device="cpu")
 
     def _beside(self, output: Any) -> Tensor:
         tokens = self._tokens(self.tensor(output))

@@ -18,7 +18,7 @@ from ib_explain.bottleneck.module import Restriction
 from ib_explain.layouts import Layout
 from ib_explain.objective import PRICE, location_price, nats_at_stake, rate
 from ib_explain.observation import Observation
-from ib_explain.randomness import generator_of
+from ib_explain.randomness import generator_of, normal
 
 __all__ = ["REFINING_LR", "PerImageSettings", "optimise"]
 
@@ -82,9 +82,7 @@ def optimise(
             noise = torch.zeros(0)
             for copy in range(settings.copies):
                 if copy % 2 == 0:
-                    noise = torch.randn(
-                        (1, *features.shape[1:]), dtype=torch.float32, generator=generator, device=features.device
-                    )
+                    noise = normal(generator, 1, *features.shape[1:])
                 attention = logit.sigmoid()
                 restricted = restriction.apply_to(seen, layout, attention, noise if copy % 2 == 0 else -noise)
                 loss = F.cross_entropy(seen.tail(restricted).float(), seen.target, reduction="sum")
@@ -103,9 +101,7 @@ def _beta(
 ) -> Tensor:
     if settings.beta is not None:
         return torch.full((len(seen.features),), settings.beta, device=seen.features.device)
-    noise = torch.randn(
-        (1, *seen.features.shape[1:]), dtype=torch.float32, generator=generator, device=seen.features.device
-    )
+    noise = normal(generator, 1, *seen.features.shape[1:])
     with torch.no_grad():
         closed = seen.tail(restriction.apply_to(seen, layout, torch.zeros((), device=noise.device), noise))
     return PRICE * nats_at_stake(seen.logits, closed)

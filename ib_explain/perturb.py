@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ib_explain.checks import check_positive_int, did_you_mean
 from ib_explain.maps import pixel_order
-from ib_explain.randomness import generator_of
+from ib_explain.randomness import generator_of, normal
 
 __all__ = ["FILLS", "fill_images", "gaussian_blur", "pixel_ranks", "rise_blur", "step_counts", "tied_share"]
 
@@ -57,7 +57,8 @@ def rise_blur(x: Tensor, *, size: int = 11, sigma: float = 5.0) -> Tensor:
     """
     taps = _gaussian(sigma)
     radius = len(taps) // 2
-    positions = torch.arange(size)[:, None] + torch.arange(-radius, radius + 1)  # [size, 2 * radius + 1]
+    offsets = torch.arange(-radius, radius + 1, device="cpu")
+    positions = torch.arange(size, device="cpu")[:, None] + offsets  # [size, 2 * radius + 1]
     positions = positions % (2 * size)
     reflected = torch.where(positions < size, positions, 2 * size - 1 - positions)
     kernel = ((reflected == size // 2) * taps).sum(1)
@@ -102,16 +103,16 @@ def step_counts(total: int, *, steps: int | None = None, per_step: int | None = 
     if per_step is not None:
         per_step = min(check_positive_int(per_step, "pixels_per_step"), total)
         steps = math.ceil(total / per_step)
-        return (torch.arange(steps + 1) * per_step).clamp_max(total)
+        return (torch.arange(steps + 1, device="cpu") * per_step).clamp_max(total)
     steps = check_positive_int(steps, "steps")
     if steps > total:
         raise ValueError(f"steps must be at most {total}, the number of units to replace, got {steps}")
-    return torch.div(torch.arange(steps + 1) * total + steps // 2, steps, rounding_mode="floor")
+    return torch.div(torch.arange(steps + 1, device="cpu") * total + steps // 2, steps, rounding_mode="floor")
 
 
 def _gaussian(sigma: float) -> Tensor:
     radius = int(4 * sigma + 0.5)
-    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma) ** 2)
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu") / sigma) ** 2)
     return taps / taps.sum()
 
 
@@ -128,7 +129,7 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def _noise(x: Tensor, seed: int) -> Tensor:
-    field = torch.randn(x.shape[1:], dtype=torch.float32, generator=generator_of(seed)).to(x)
+    field = normal(generator_of(seed), *x.shape[1:]).to(x)
     return _mean(x) + x.std(dim=(2, 3), keepdim=True, correction=0) * field
 
 

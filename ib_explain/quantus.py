@@ -48,6 +48,6 @@ def quantus_explain(model: nn.Module, inputs: Any, targets: Any = None, **kwargs
     if asked is not None and torch.device(asked).type != device.type:
         raise ValueError(f"device must be the model's, {device}, got {asked}; move the model before")
     method = kwargs.pop("method", "ib")
-    x = torch.as_tensor(np.asarray(inputs) if not isinstance(inputs, torch.Tensor) else inputs)
+    x = inputs if isinstance(inputs, torch.Tensor) else torch.from_numpy(np.asarray(inputs))
     target = None if targets is None else np.asarray(targets)
     return attribute(model, x.to(device, host_dtype(model)), target=target, method=method, **kwargs).cpu().numpy()

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-__all__ = ["check_seed", "generator_of", "own_generator_seeded", "seeded"]
+__all__ = ["check_seed", "generator_of", "normal", "own_generator_seeded", "seeded", "uniform"]
 
 
 def check_seed(seed: Any) -> int:
@@ -23,6 +24,16 @@ def check_seed(seed: Any) -> int:
 def generator_of(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Random numbers of their own on a device; seeds that differ by a multiple of 2^63 are one."""
     return torch.Generator(device).manual_seed(seed % 2**63)
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """N(0, 1), float32 on the generator's device, whatever torch's default precision and device are."""
+    return torch.randn(shape, dtype=torch.float32, generator=generator, device=generator.device)
+
+
+def uniform(generator: torch.Generator, *shape: int) -> Tensor:
+    """Uniform in [0, 1), float32 on the generator's device, whatever torch's default precision and device are."""
+    return torch.rand(shape, dtype=torch.float32, generator=generator, device=generator.device)
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ class Reader:
         votes = votes - votes.mean(dim=2, keepdim=True)
         votes = (votes - votes.median(dim=1, keepdim=True).values).clamp_min(0)
         total = votes.sum(dim=1)
-        where = torch.arange(STRIPES, dtype=torch.float32)[None, :, None]
+        where = torch.arange(STRIPES, dtype=torch.float32, device="cpu")[None, :, None]
         centre = (votes * where).sum(dim=1) / total.clamp_min(1e-30)
         return torch.where(total > 0, centre, (STRIPES - 1) / 2)
 
@@ -222,8 +222,8 @@ def _score(
     measured = reader.positions(axes)
     measured = measured[:, prefix : measured.shape[1] - suffix]
     if order is not None:
-        measured = measured[:, torch.tensor(order)]
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+        measured = measured[:, list(order)]
+    rows, columns = torch.meshgrid(*(torch.arange(extent, device="cpu") for extent in grid), indexing="ij")
     score = min(_correlation(measured[0], rows.flatten().float()), _correlation(measured[1], columns.flatten().float()))
     channels = math.prod(reader.shape) // math.prod(reader.shape[a - 1] for a in axes)
     layout = Layout(
@@ -251,14 +251,16 @@ def _scrambled_readings(reader: Reader, input_size: tuple[int, int, int]) -> Ite
             continue
         measured = reader.positions(axes)  # (2, P)
         for radices in itertools.islice(_digit_orders(sizes), 40):
-            digits = torch.stack([d.flatten() for d in torch.meshgrid(*map(torch.arange, radices), indexing="ij")])
-            effects = torch.tensor([[_slope(measured[d], digit) for digit in digits] for d in (0, 1)])  # (2, digits)
+            counters = [torch.arange(radix, device="cpu") for radix in radices]
+            digits = torch.stack([d.flatten() for d in torch.meshgrid(*counters, indexing="ij")])
+            slopes = [[_slope(measured[d], digit) for digit in digits] for d in (0, 1)]
+            effects = torch.tensor(slopes, device="cpu")  # (2, digits)
             direction = effects.abs().argmax(dim=0)
             raster, extents = [], []
             for d in (0, 1):
                 mine = [i for i in range(len(radices)) if direction[i] == d]
                 mine.sort(key=lambda i: -float(effects[d, i]))
-                index = torch.zeros(count, dtype=torch.long)
+                index = torch.zeros(count, dtype=torch.long, device="cpu")
                 for i in mine:
                     index = index * radices[i] + digits[i]
                 raster.append(index)
@@ -267,7 +269,7 @@ def _scrambled_readings(reader: Reader, input_size: tuple[int, int, int]) -> Ite
             if not _fits(grid, input_size):
                 continue
             order = torch.argsort(raster[0] * grid[1] + raster[1])
-            if torch.equal(order, torch.arange(count)) and len(axes) == 1 and len(reader.shape) < 3:
+            if torch.equal(order, torch.arange(count, device="cpu")) and len(axes) == 1 and len(reader.shape) < 3:
                 continue  # plain raster order: already tried
             yield _score(reader, axes, grid, 0, 0, tuple(order.tolist()), rank=40)
 

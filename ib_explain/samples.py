@@ -43,7 +43,7 @@ class ImageBatch:
 
     def take(self, rows: Sequence[int]) -> ImageBatch:
         """These rows alone, in this order."""
-        index = torch.as_tensor(rows, dtype=torch.long)
+        index = torch.as_tensor(rows, dtype=torch.long, device="cpu")
         picked: dict[str, Any] = {name: [getattr(self, name)[row] for row in rows] for name in ("images", "names")}
         for name in ("x", "labels", "masks", "density"):
             value = getattr(self, name)

@@ -49,8 +49,8 @@ class RunningMoments:
         self.per_element = per_element
         self.images = 0
         self.count = 0  # values behind each mean
-        self.mean = torch.zeros(())
-        self.squares = torch.zeros(())  # sum of squared deviations from the mean
+        self.mean = torch.zeros((), device="cpu")
+        self.squares = torch.zeros((), device="cpu")  # sum of squared deviations from the mean
 
     def update(self, features: Tensor) -> None:
         """Add a batch (B, C, h, w)."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ib_explain.hooks import capture, frozen, host_device, host_dtype, run_host
 from ib_explain.layouts import Layout, leaves
-from ib_explain.randomness import generator_of
+from ib_explain.randomness import generator_of, normal
 from ib_explain.readings import CERTAIN, FEW, STRIPES, Reader, choose
 
 __all__ = ["find_layouts", "probe_batch", "probe_images"]
@@ -26,10 +26,10 @@ def probe_images(count: int, size: tuple[int, int, int], seed: int) -> Tensor:
     """Smooth multi-scale noise of unit variance, (count, C, H, W) float32: it excites every scale and no class."""
     generator = generator_of(seed)
     channels, height, width = size
-    image = torch.zeros(count, channels, height, width, dtype=torch.float32)
+    image = torch.zeros(count, channels, height, width, dtype=torch.float32, device="cpu")
     for octave in range(6):
         h, w = min(height, 2 ** (octave + 2)), min(width, 2 ** (octave + 2))
-        coarse = torch.randn(count, channels, h, w, dtype=torch.float32, generator=generator)
+        coarse = normal(generator, count, channels, h, w)
         image += F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
     return image / image.std(dim=(1, 2, 3), keepdim=True)
 

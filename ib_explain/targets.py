@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ib_explain.randomness import generator_of
+from ib_explain.randomness import generator_of, normal
 
 __all__ = ["Target", "class_rows", "resolve_target", "spread_target", "target_scores"]
 
@@ -70,7 +70,7 @@ def class_rows(model: nn.Module, classes: int, seed: int = 0) -> Tensor:
     ]
     if rows:
         return rows[-1].detach().float().clone()
-    return torch.randn(classes, 64, dtype=torch.float32, generator=generator_of(seed))
+    return normal(generator_of(seed), classes, 64)
 
 
 def _as_int64(target: Any, batch: int) -> Tensor:
@@ -78,7 +78,7 @@ def _as_int64(target: Any, batch: int) -> Tensor:
     if isinstance(target, bool | np.bool_):
         raise TypeError(f"{expected}, got the bool {target}")
     if isinstance(target, int | np.integer):
-        return torch.tensor(_in_int64(int(target)))
+        return torch.tensor(_in_int64(int(target)), device="cpu")
     if isinstance(target, np.ndarray):
         if not np.issubdtype(target.dtype, np.integer):
             raise TypeError(f"{expected}, got an array of {target.dtype}")
@@ -94,7 +94,7 @@ def _as_int64(target: Any, batch: int) -> Tensor:
         wrong = [t for t in target if isinstance(t, bool | np.bool_) or not hasattr(t, "__index__")]
         if wrong:
             raise TypeError(f"{expected}, got a list with {wrong[0]!r}")
-        return torch.tensor([_in_int64(t.__index__()) for t in target], dtype=torch.int64)
+        return torch.tensor([_in_int64(t.__index__()) for t in target], dtype=torch.int64, device="cpu")
     raise TypeError(f"{expected}, got {type(target).__name__}")
 
 

@@ -32,7 +32,7 @@ from ib_explain.hooks import host_device
 from ib_explain.objective import PRICE, location_price, nats_at_stake, rate, worth_fitting
 from ib_explain.observation import Observation, observe
 from ib_explain.places import Place
-from ib_explain.randomness import generator_of
+from ib_explain.randomness import generator_of, normal, uniform
 from ib_explain.relevance import LEAST_TYPICAL_BITS, coalitions, label_information, regression_loss
 
 __all__ = ["PRECISIONS", "UPDATES", "FitSettings", "Trainer"]
@@ -198,7 +198,7 @@ class Trainer:
         tensors: dict[str, Tensor] = {}
         for index, values in self.optimiser.state_dict()["state"].items():
             for name, value in values.items():
-                tensors[f"{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+                tensors[f"{index}.{name}"] = torch.as_tensor(value, device="cpu").detach().cpu().contiguous()
         if self.closed is not None:
             tensors["closed"] = self.closed.cpu()
         run = {
@@ -337,13 +337,11 @@ class _BatchNoise:
 
     def normal(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
         """N(0, 1) for this process's images, (B, *shape)."""
-        everyone = (self.batch * self.share.world, *shape)
-        return self._mine(torch.randn(everyone, dtype=torch.float32, generator=self.generator, device=self.device))
+        return self._mine(normal(self.generator, self.batch * self.share.world, *shape))
 
     def uniform(self) -> Tensor:
         """In [0, 1), (B, 1)."""
-        everyone = (self.batch * self.share.world, 1)
-        return self._mine(torch.rand(everyone, dtype=torch.float32, generator=self.generator, device=self.device))
+        return self._mine(uniform(self.generator, self.batch * self.share.world, 1))
 
     def draw(self, probabilities: Tensor) -> Tensor:
         """One class for each row of (B, K) probabilities."""

@@ -353,7 +353,7 @@ def _configured(model: nn.Module) -> tuple[Channels, Channels]:
 
 
 def _per_channel(values: Channels, name: str, channels: int) -> Tensor:
-    numbers = torch.as_tensor(values, dtype=torch.float32).flatten().cpu()
+    numbers = torch.as_tensor(values, dtype=torch.float32, device="cpu").flatten()
     if len(numbers) not in (1, channels):
         raise ValueError(f"{name} must be one number or one for each of the {channels} channels, got {len(numbers)}")
     if name == "std" and not (numbers > 0).all():

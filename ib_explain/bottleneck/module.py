@@ -76,7 +76,7 @@ class Normaliser(nn.Module):
         super().__init__()
         self.register_buffer("mean", moments.mean)
         self.register_buffer("std", moments.std)
-        self.register_buffer("count", torch.tensor(moments.count))
+        self.register_buffer("count", torch.tensor(moments.count, device="cpu"))
 
     def forward(self, features: Tensor) -> Tensor:
         return (features.float() - self.get_buffer("mean")) / self.get_buffer("std")
@@ -120,18 +120,19 @@ class Bottleneck(nn.Module):
         channels = restriction.moments.get_buffer("mean").shape[1]
         width = 0 if classes is None else classes.shape[1]
         deep_channels = [m.mean.shape[1] for m in deep_moments]
-        self.network = AttentionNetwork(channels, deep_channels, gradient=gradient, query_width=width)
         if classes is not None:
             rows = classes.detach().float()
             self.register_buffer("classes", (rows - rows.mean(dim=0)) / rows.std().clamp_min(1e-12))
-        self.anchors = Anchors(anchors) if anchors else None
         self.relevance = None
-        if relevance:
-            self.relevance = RelevanceNetwork(channels, deep_channels, gradient=gradient, query_width=width)
-            # The fit fills them in: mean of ln p with nothing let through, and the label bits of a typical image.
-            self.register_buffer("closed", torch.zeros(1, relevance))
-            self.register_buffer("typical_bits", torch.ones(()))
-        self.float()  # whatever torch.get_default_dtype() says
+        with torch.device("cpu"):  # whatever torch's default device is, and below its default precision
+            self.network = AttentionNetwork(channels, deep_channels, gradient=gradient, query_width=width)
+            self.anchors = Anchors(anchors) if anchors else None
+            if relevance:
+                self.relevance = RelevanceNetwork(channels, deep_channels, gradient=gradient, query_width=width)
+                # The fit fills them in: mean of ln p with nothing let through, and the label bits of a typical image.
+                self.register_buffer("closed", torch.zeros(1, relevance))
+                self.register_buffer("typical_bits", torch.ones(()))
+        self.float()
 
     def attend(self, seen: Observation, noise: Tensor | None = None) -> Attention:
         """Attention for the observed images and their targets.

@@ -84,7 +84,8 @@ class ReadableImages(Dataset[Any]):
     def __init__(self, data: ImageFiles | LabelledImages) -> None:
         self.data = data
         self.reader = getattr(data, "reader", None)  # the record of a fit names its root
-        self.bad = torch.zeros(len(data), dtype=torch.bool).share_memory_()  # workers are processes of their own
+        # Shared: a loader's workers are processes of their own.
+        self.bad = torch.zeros(len(data), dtype=torch.bool, device="cpu").share_memory_()
 
     def __len__(self) -> int:
         return len(self.data)

@@ -82,7 +82,7 @@ def read_boxes(path: str | Path, split: str | None = None) -> dict[str, Tensor]:
     if not found:
         listed = f" of split {split!r}; splits there: {', '.join(sorted(splits))}" if split is not None else ""
         raise ValueError(f"{path} holds no boxes{listed}")
-    return {file: torch.tensor(rows) for file, rows in found.items()}
+    return {file: torch.tensor(rows, device="cpu") for file, rows in found.items()}
 
 
 class BoxImages(Dataset[BoxSample]):
@@ -147,4 +147,4 @@ class BoxImages(Dataset[BoxSample]):
     def collate(samples: Sequence[BoxSample]) -> BoxBatch:
         """For `DataLoader(..., collate_fn=BoxImages.collate)`: pictures are stacked, boxes stay a list."""
         images, labels, boxes = zip(*samples, strict=True)
-        return BoxBatch(torch.stack(images), torch.tensor(labels), list(boxes))
+        return BoxBatch(torch.stack(images), torch.tensor(labels, device="cpu"), list(boxes))

@@ -67,7 +67,7 @@ def read_fixations(path: str | Path) -> dict[str, Tensor]:
                 came = f"({line['x']}, {line['y']})"
                 raise ValueError(f"{path}, line {table.line_num}: x and y must be numbers, got {came}") from None
             found.setdefault(line["image"], []).append(point)
-    return {image: torch.tensor(points) for image, points in found.items()}
+    return {image: torch.tensor(points, device="cpu") for image, points in found.items()}
 
 
 class GazeImages(Dataset[GazeSample]):
@@ -98,7 +98,7 @@ class GazeImages(Dataset[GazeSample]):
         self._files = list_images(root / "images")
         self._maps = [root / "maps" / f"{file.stem}.png" for file in self._files]
         self.names = [file.stem for file in self._files]
-        self.fixations = [table.get(name, torch.zeros(0, 2)) for name in self.names]
+        self.fixations = [table.get(name, torch.zeros(0, 2, device="cpu")) for name in self.names]
         unknown = sorted(set(table) - set(self.names))
         if unknown:
             raise ValueError(f"fixations.csv has {len(unknown)} names without a picture, the first is {unknown[0]!r}")
@@ -138,7 +138,8 @@ class GazeImages(Dataset[GazeSample]):
     def collate(samples: Sequence[GazeSample]) -> GazeBatch:
         """For `DataLoader(..., collate_fn=GazeImages.collate)`: all stacked but the lists of fixations."""
         images, fixations, densities, dropped = zip(*samples, strict=True)
-        return GazeBatch(torch.stack(images), list(fixations), torch.stack(densities), torch.tensor(dropped))
+        outside = torch.tensor(dropped, device="cpu")
+        return GazeBatch(torch.stack(images), list(fixations), torch.stack(densities), outside)
 
 
 def _size(file: Path) -> tuple[int, int]:

@@ -188,7 +188,7 @@ def images_of(batch: Any, *, labelled: bool = True) -> tuple[Tensor, Tensor | No
     labels = batch[1]
     if isinstance(labels, np.ndarray | list) and len(labels):
         with contextlib.suppress(TypeError, ValueError):  # names, say: refused below as they are
-            labels = torch.as_tensor(np.asarray(labels))
+            labels = torch.from_numpy(np.asarray(labels))
     if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.dtype not in _INTEGERS:
         came = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"the batch's labels must be {len(images)} integers, one an image, got {came}")

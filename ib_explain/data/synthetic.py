@@ -271,7 +271,7 @@ def _render_chunk(indices: np.ndarray, size: int, seed: int, objects: int) -> tu
     colours = draw(5, items, 2, 3)
     colours = _away_from(colours, canvas.mean(dim=(2, 3)))
 
-    axis = (torch.arange(size) + 0.5) / size
+    axis = (torch.arange(size, device="cpu") + 0.5) / size
     x = axis - place[..., 0, None]  # (B, items, W)
     y = axis - place[..., 1, None]  # (B, items, H)
     cos, sin = (turn.cos() / scale)[..., None], (turn.sin() / scale)[..., None]
@@ -279,7 +279,7 @@ def _render_chunk(indices: np.ndarray, size: int, seed: int, objects: int) -> tu
     local_y = (cos * y)[:, :, :, None] - (sin * x)[:, :, None, :]
     grain = resize(draw(6, 1, 24, 24), (size, size))[:, 0]
 
-    mask = torch.zeros(batch, objects, size, size, dtype=torch.bool)
+    mask = torch.zeros(batch, objects, size, size, dtype=torch.bool, device="cpu")
     phase = 2 * torch.pi * draw(7, items, 2)
     present = draw(8, items) < 0.85  # the number of distractors varies
     present[:, :objects] = True
@@ -338,7 +338,7 @@ def _background(draw: Callable[..., Tensor], size: int) -> Tensor:
     """Colour clouds at two scales, two gratings and three lines: (B, 3, H, W), roughly in [0, 1]."""
     canvas = 0.5 + 0.5 * (resize(draw(20, 3, 4, 4), (size, size)) - 0.5)
     canvas += 0.35 * draw(21, 1, 1, 1) * (resize(draw(22, 3, 14, 14), (size, size)) - 0.5)
-    axis = (torch.arange(size) + 0.5) / size - 0.5
+    axis = (torch.arange(size, device="cpu") + 0.5) / size - 0.5
     turn = 2 * torch.pi * draw(23, 5, 1, 1)
     across = turn.cos() * axis + turn.sin() * axis[:, None]  # (B, 5, H, W)
     frequency, phase, tint = 25 + 75 * draw(24, 2, 1, 1), 6.28 * draw(25, 2, 1, 1), draw(26, 5, 3, 1, 1) - 0.5
@@ -362,7 +362,7 @@ def _places(scale: Tensor, u: Tensor, objects: int) -> Tensor:
     centred = centred / centred.abs().amax(dim=-1, keepdim=True).clamp_min(1e-6) ** _OUTWARDS
     candidates = 0.5 + (0.5 - 0.66 * scale[:, :, None, None]) * centred
     places = candidates[:, :, 0].clone()
-    rows = torch.arange(len(scale))
+    rows = torch.arange(len(scale), device="cpu")
     for item in range(1, scale.shape[1]):
         apart = (candidates[:, item, :, None] - places[:, None, :item]).norm(dim=-1)  # (B, tries, items before)
         room = apart - 0.75 * (scale[:, item, None, None] + scale[:, None, :item])

@@ -22,7 +22,7 @@ from ib_explain.methods.cam import glance
 from ib_explain.methods.captum_host import for_captum, inspect
 from ib_explain.methods.captum_rules import PROPAGATED, check_deep_lift, check_guided, check_lrp
 from ib_explain.methods.grad_cam import grad_cam_map
-from ib_explain.randomness import generator_of
+from ib_explain.randomness import generator_of, uniform
 
 __all__ = ["DeepLift", "FeatureAblation", "GradientShap", "GuidedGradCAM", "InputXGradient", "IntegratedGradients"]
 __all__ += ["LRP", "Occlusion", "Saliency", "SmoothGrad"]
@@ -152,8 +152,8 @@ class GradientShap:
         if self.baselines is not None:
             baselines = check_images(self.baselines, size=call.input_size, name="baselines").to(call.x)
         generator = generator_of(call.seed)
-        where = torch.rand(self.samples, dtype=torch.float32, generator=generator).to(call.x)
-        which = torch.randint(len(baselines), (self.samples,), generator=generator).to(call.x.device)
+        where = uniform(generator, self.samples).to(call.x)
+        which = torch.randint(len(baselines), (self.samples,), generator=generator, device="cpu").to(call.x.device)
         total, classes, start = torch.zeros_like(call.x, dtype=torch.float32), call.classes(), 0
         for draws in _noise(call, self.samples):
             part = slice(start, start := start + len(draws))

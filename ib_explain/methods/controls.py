@@ -14,7 +14,7 @@ from ib_explain.maps import resize
 from ib_explain.methods.base import Call, register_method
 from ib_explain.methods.cam import grid_features
 from ib_explain.methods.reference import reference_statistics
-from ib_explain.randomness import generator_of
+from ib_explain.randomness import generator_of, uniform
 from ib_explain.sites import resolve_site
 
 __all__ = ["ActivationEnergy", "CenterGaussian", "Constant", "Edges", "Random", "sobel_magnitude"]
@@ -32,7 +32,7 @@ class Random:
         maps = []
         for own in _fingerprints(call.x).tolist():  # the same image has the same map in any batch
             generator = generator_of(own + call.seed * 0x9E3779B1)
-            maps.append(torch.rand(1, *call.size, dtype=torch.float32, generator=generator))
+            maps.append(uniform(generator, 1, *call.size))
         return torch.stack(maps).to(call.x.device)
 
 

@@ -19,7 +19,7 @@ from ib_explain.maps import resize
 from ib_explain.methods.base import Call, NotApplicable, register_method
 from ib_explain.methods.reference import Reference, reference_statistics
 from ib_explain.observation import Observation, observe
-from ib_explain.randomness import generator_of
+from ib_explain.randomness import generator_of, normal
 from ib_explain.sites import candidate_layers, input_size_of, resolve_site
 from ib_explain.stripes import find_layouts, probe_images
 from ib_explain.targets import resolve_target
@@ -98,9 +98,7 @@ class IBA:
         at_once = len(seen.features) // count
         with torch.enable_grad():
             for _ in range(self.steps - 1):
-                noise = torch.randn(
-                    (self.copies, *features.shape[1:]), dtype=torch.float32, generator=generator, device=features.device
-                )
+                noise = normal(generator, self.copies, *features.shape[1:])
                 alpha.grad = torch.zeros_like(alpha)
                 for part in noise.split(at_once):
                     closed = _closed(alpha)  # 1 - lambda

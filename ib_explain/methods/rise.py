@@ -12,7 +12,7 @@ from torch import Tensor
 from ib_explain.checks import check_number, check_positive_int
 from ib_explain.methods.base import Call, register_method
 from ib_explain.methods.masking import masked_scores
-from ib_explain.randomness import generator_of
+from ib_explain.randomness import generator_of, uniform
 
 __all__ = ["RISE", "rise_masks"]
 
@@ -46,8 +46,8 @@ class RISE:
         call.refuse_layer("rise")
         # Drawn on the CPU, all at once: the masks are the same on every device and in passes of any size.
         generator = generator_of(call.seed)
-        cells = torch.rand(self.masks, self.cells, self.cells, dtype=torch.float32, generator=generator) < self.keep
-        shifts = torch.rand(self.masks, 2, dtype=torch.float32, generator=generator)
+        cells = uniform(generator, self.masks, self.cells, self.cells) < self.keep
+        shifts = uniform(generator, self.masks, 2)
         heat = call.x.new_zeros((len(call.x), *call.size), dtype=torch.float32)
         classes = call.classes()
         with torch.no_grad():

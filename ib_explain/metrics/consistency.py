@@ -20,7 +20,7 @@ from ib_explain.metrics.base import Case, register_metric
 from ib_explain.metrics.probe import Probe
 from ib_explain.metrics.sanity import Explain, explained
 from ib_explain.metrics.values import is_constant
-from ib_explain.randomness import generator_of
+from ib_explain.randomness import generator_of, uniform
 from ib_explain.targets import Target, resolve_target
 
 __all__ = ["MODIFICATIONS", "THRESHOLDS", "Consistency", "input_modification_consistency", "modified_images"]
@@ -174,21 +174,21 @@ def _centred_cosine(first: Tensor, second: Tensor) -> Tensor:
 def _patched(x: Tensor, side: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = generator_of(seed)
     height, width = x.shape[2:]
-    top = int(torch.randint(height - side + 1, (), generator=generator))
-    left = int(torch.randint(width - side + 1, (), generator=generator))
+    top = int(torch.randint(height - side + 1, (), generator=generator, device="cpu"))
+    left = int(torch.randint(width - side + 1, (), generator=generator, device="cpu"))
     window = torch.zeros(height, width, dtype=torch.bool, device=x.device)
     window[top : top + side, left : left + side] = True
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    shade = torch.rand(x.shape[1], 1, 1, dtype=torch.float32, generator=generator).to(x)
+    shade = uniform(generator, x.shape[1], 1, 1).to(x)
     return torch.where(window, low + (high - low) * shade, x), window
 
 
 def _filtered(x: Tensor, radius: float, *, low: bool) -> Tensor:
     height, width = x.shape[2:]
-    rows, columns = torch.fft.fftfreq(height, 1 / height), torch.fft.rfftfreq(width, 1 / width)  # cycles an image
+    rows = torch.fft.fftfreq(height, 1 / height, device=x.device)  # cycles an image
+    columns = torch.fft.rfftfreq(width, 1 / width, device=x.device)
     within = (rows[:, None] ** 2 + columns**2).sqrt() < radius
-    passed = (within if low else ~within).to(x.device)
-    kept = torch.fft.irfft2(torch.fft.rfft2(x.float()) * passed, s=(height, width))
+    kept = torch.fft.irfft2(torch.fft.rfft2(x.float()) * (within if low else ~within), s=(height, width))
     return _stretched(kept, x).to(x.dtype)
 
 

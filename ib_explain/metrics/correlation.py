@@ -166,14 +166,14 @@ def _score_sets(probe: Probe, sizes: tuple[int, ...], sets: int, fill: str | Ten
 
 def _draw_set(pixels: int, size: int, setting: int, seed: int) -> Tensor:
     """`size` random pixels, (pixels,) bool. Seeded by its number: it does not depend on how sets share a pass."""
-    order = torch.randperm(pixels, generator=generator_of(seed * 1_000_003 + setting))
-    return torch.zeros(pixels, dtype=torch.bool).index_fill_(0, order[:size], True)
+    order = torch.randperm(pixels, generator=generator_of(seed * 1_000_003 + setting), device="cpu")
+    return torch.zeros(pixels, dtype=torch.bool, device="cpu").index_fill_(0, order[:size], True)
 
 
 def _sum_over_sets(values: Tensor, sizes: tuple[int, ...], sets: int, seed: int) -> Tensor:
     """Sums of (B, H*W) values over the sets that `_score_sets` takes away: (B, len(sizes), sets)."""
     sums = []
-    for settings in torch.arange(len(sizes) * sets).split(_SETS_AT_ONCE):
+    for settings in torch.arange(len(sizes) * sets, device="cpu").split(_SETS_AT_ONCE):
         drawn = [_draw_set(values.shape[1], sizes[s // sets], s, seed) for s in settings.tolist()]
         sums.append(values @ torch.stack(drawn).to(values).T)
     return torch.cat(sums, dim=1).unflatten(1, (len(sizes), sets))

@@ -247,7 +247,7 @@ def _cost(probe: Probe, _maps: Tensor | None, explain: Explain) -> Cost:
 def _file_cost(name: str, unit: str, read: Callable[[Cost], float], summary: str) -> None:
     def score(case: Case) -> Tensor:
         cost = case.once(_cost, explain=case.explain)
-        return torch.full((len(case.probe.x),), read(cost))
+        return torch.full((len(case.probe.x),), read(cost), device=case.probe.x.device)
 
     score.__doc__ = summary
     register_metric(name, family="cost", unit=unit, higher_is_better=False, needs=("model", "explain"))(score)

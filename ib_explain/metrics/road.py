@@ -17,7 +17,7 @@ from ib_explain.metrics.base import Case, Curve, register_metric
 from ib_explain.metrics.perturbation import most_relevant_first
 from ib_explain.metrics.probe import Probe
 from ib_explain.perturb import pixel_ranks, tied_share
-from ib_explain.randomness import generator_of
+from ib_explain.randomness import generator_of, normal
 from ib_explain.targets import Target
 
 __all__ = ["ROAD_FRACTIONS", "noisy_linear_imputation", "road", "road_combined"]
@@ -128,7 +128,7 @@ class _Imputer:
         empty = int(removed.flatten(1).all(1).sum())
         if empty:
             raise ValueError(f"at least one pixel of each image must be left, got {empty} images with none")
-        field = torch.randn(x.shape[1:], dtype=torch.float32, generator=generator_of(self.seed)).to(x)
+        field = normal(generator_of(self.seed), *x.shape[1:]).to(x)
         filled = torch.empty_like(x)
         # On a CPU, a few images at a time stay in its cache.
         size = _IMAGES_AT_ONCE if x.device.type == "cpu" else len(x)

@@ -11,7 +11,7 @@ from ib_explain.checks import check_maps, check_number, check_positive_int
 from ib_explain.hooks import frozen
 from ib_explain.metrics.base import Case, register_metric
 from ib_explain.metrics.probe import Probe
-from ib_explain.randomness import generator_of
+from ib_explain.randomness import generator_of, uniform
 from ib_explain.targets import Target
 
 __all__ = ["infidelity", "max_sensitivity"]
@@ -122,7 +122,7 @@ def _max_sensitivity(
         raise TypeError(f"explain must be a function (model, x, target) -> maps, got {explain!r}")
     samples = check_positive_int(samples, "samples")
     check_number(radius, "radius (in normalised units)", above=0)
-    noise = torch.rand(samples, *probe.x.shape[1:], dtype=torch.float32, generator=generator_of(seed))
+    noise = uniform(generator_of(seed), samples, *probe.x.shape[1:])
     noise = radius * (2 * noise - 1)
     scores = []
     with frozen(probe.model) as host:
@@ -171,12 +171,11 @@ class _Draws:
 
 def _squares(samples: int, height: int, width: int, seed: int) -> Tensor:
     """Random squares as masks (samples, 1, H, W) of 0 and 1."""
-    generator = generator_of(seed)
-    side, top, left = torch.rand(3, samples, 1, dtype=torch.float32, generator=generator)
+    side, top, left = uniform(generator_of(seed), 3, samples, 1)
     largest = max(1, round(10 / 28 * min(height, width)))
     side = 1 + (side * largest).long().clamp_max(largest - 1)
     top, left = (top * (height - side + 1)).long(), (left * (width - side + 1)).long()
-    rows, columns = torch.arange(height), torch.arange(width)
+    rows, columns = torch.arange(height, device="cpu"), torch.arange(width, device="cpu")
     inside = ((rows >= top) & (rows < top + side))[:, :, None] & ((columns >= left) & (columns < left + side))[:, None]
     return inside[:, None].float()
 

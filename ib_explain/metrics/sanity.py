@@ -331,7 +331,7 @@ def _draw_again(module: nn.Module, seed: int) -> None:
     generator = generator_of(seed)
     with torch.no_grad():
         for parameter in module.parameters(recurse=False):
-            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            order = torch.randperm(parameter.numel(), generator=generator, device="cpu").to(parameter.device)
             parameter.copy_(parameter.flatten()[order].view_as(parameter))
 
 
