@@ -27,7 +27,7 @@ from ib_explain.progress import Progress
 from ib_explain.statistics import Moments, RunningMean, RunningMoments
 from ib_explain.training import PRECISIONS, FitSettings, Trainer
 
-__all__ = ["Statistics", "choose_precision", "doubts", "estimate_statistics", "launched", "train"]
+__all__ = ["Statistics", "check_varies", "choose_precision", "doubts", "estimate_statistics", "launched", "train"]
 
 STATISTICS_IMAGES = 2000
 # Of a fit whose number of steps is not given: without the gradient, evidence for a class has to be learned.
@@ -82,21 +82,22 @@ def estimate_statistics(
     data: Batches,
     *,
     per_element: bool = False,
-    images: int = STATISTICS_IMAGES,
     show_progress: bool = False,
-    args: tuple[Any, ...] = (),
 ) -> Statistics:
     """Mean and standard deviation of the features over the first images of the data, in one streaming pass."""
     share = data.share
     running = [RunningMoments(per_element=per_element), *(RunningMoments() for _ in place.deeper)]
     side = RunningMean()
     classes = 0
-    total = images if data.images is None else min(images, data.images)
+    total = STATISTICS_IMAGES if data.images is None else min(STATISTICS_IMAGES, data.images)
     # Closed at once, also after an error: an open epoch holds the caller's random state.
-    with Progress(total, "statistics", show=show_progress) as progress, contextlib.closing(data.first(images)) as first:
+    with (
+        Progress(total, "statistics", show=show_progress) as progress,
+        contextlib.closing(data.first(STATISTICS_IMAGES)) as first,
+    ):
         for x, _labels in first:
             x = _prepare(x, host)
-            seen = observe(host, place.site, x, deeper=place.deeper, args=args)
+            seen = observe(host, place.site, x, deeper=place.deeper)
             classes = seen.logits.shape[1]
             for moments, features in zip(running, [seen.features, *seen.deep], strict=True):
                 moments.update(features)
@@ -111,13 +112,15 @@ def estimate_statistics(
                 mine.merge(theirs)
             side.merge(other_side)
     device = host_device(host)
-    if not running[0].varies:
-        raise ValueError(
-            f"the features of layer {place.site.name!r} do not vary over the {running[0].images} images; "
-            "statistics need images that differ"
-        )
+    check_varies(place.site.name, running[0].varies)
     site, *deep = [r.result().to(device) for r in running]
     return Statistics(site, deep, [s.to(device) for s in side.result()], classes)
+
+
+def check_varies(layer: str, varies: bool) -> None:
+    """Refuse features that are the same for all images: nothing could be told from them."""
+    if not varies:
+        raise ValueError(f"the features of layer {layer!r} do not vary; statistics need images that differ")
 
 
 def _prepare(x: Tensor, host: nn.Module) -> Tensor:

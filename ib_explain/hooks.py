@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
 import sys
 import threading
 import weakref
@@ -25,7 +24,6 @@ from ib_explain.checks import did_you_mean
 __all__ = [
     "HostArgs",
     "LayerError",
-    "answering",
     "aside",
     "capture",
     "find_module",
@@ -34,16 +32,18 @@ __all__ = [
     "host_dtype",
     "map_tensors",
     "module_name",
+    "on_own_level",
     "outside_inference_mode",
 ]
-__all__ += ["replace_output", "run_host", "unwrap", "weights_state"]
+__all__ += ["replace_output", "run_host", "shapes_the_host", "unwrap"]
 
 
 class LayerError(RuntimeError):
     """A layer that does not run exactly once in a forward pass."""
 
 
-# Passes that a hook itself starts are nobody else's: a hook answers on the level that it was made on.
+# A hook of ours may run the host itself. Inside `aside` the level is one higher, and hooks that were made on a lower
+# level leave those passes alone.
 _LEVEL: ContextVar[int] = ContextVar("level", default=0)
 
 
@@ -57,8 +57,16 @@ def aside() -> Iterator[None]:
         _LEVEL.reset(token)
 
 
-def answering(hook: Callable[..., Any], otherwise: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """The hook, deaf to passes that start inside `aside` after it was made: those get `otherwise`, if given."""
+def on_own_level(
+    hook: Callable[..., Any], otherwise: Callable[..., Any] | None = None, *, restricts: bool = False
+) -> Callable[..., Any]:
+    """The hook, deaf to passes that start inside `aside` after it was made: those get `otherwise`, if given.
+
+    Args:
+        hook: a module's forward hook, pre-hook or `forward`.
+        otherwise: see above.
+        restricts: it changes what the layer returns, so that on its level the host is another one.
+    """
     level = _LEVEL.get()
 
     @functools.wraps(hook)
@@ -67,7 +75,21 @@ def answering(hook: Callable[..., Any], otherwise: Callable[..., Any] | None = N
             return hook(*args, **kwargs)
         return otherwise(*args, **kwargs) if otherwise is not None else None
 
-    return guarded
+    return _ours(guarded, level if restricts else None)
+
+
+_MARK = "_ib_explain_level"
+
+
+def _ours(hook: Callable[..., Any], level: int | None = None) -> Callable[..., Any]:
+    """Mark a hook of this package, with the level on which it restricts the host; None if it only looks on."""
+    setattr(hook, _MARK, level)
+    return hook
+
+
+def shapes_the_host(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is part of what the host is: the user's are; of ours those that restrict it on this level."""
+    return not hasattr(hook, _MARK) or getattr(hook, _MARK) == _LEVEL.get()
 
 
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's names for what they wrap
@@ -105,18 +127,6 @@ def host_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def weights_state(model: nn.Module) -> int:
-    """A number that changes with the host's weights: what was found out about a host holds as long as it stays.
-
-    In-place changes (an optimiser, `load_state_dict`) raise a tensor's version; those of `parameter.data` do not.
-    """
-    # Parameters made in inference mode have no version; `frozen` refuses them.
-    # Integer buffers may count passes; the others (running statistics) decide what a host says.
-    buffers = (buffer for buffer in model.buffers() if buffer.is_floating_point())
-    tensors = itertools.chain(model.parameters(), buffers)
-    return hash(tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors))
-
-
 def find_module(model: nn.Module, name: str) -> nn.Module:
     """Return the submodule called `name`, or raise a ValueError with the nearest names; TypeError for no name."""
     if not isinstance(name, str):
@@ -146,8 +156,9 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Lend the unwrapped host in eval mode, without parameter gradients, run eagerly; hand it back as it came.
 
     Inside, a host that writes into its images gets copies, gradients can be had under the caller's
-    `torch.inference_mode()` too, and other threads that want the host wait. Restored at every exit: each module's own
-    training flag, each parameter's `requires_grad`, and the random state of the CPU and of the host's GPU.
+    `torch.inference_mode()` too, gradient checkpointing (timm's) is off, since it runs stages without calling them, and
+    other threads that want the host wait. Restored at every exit: each module's own flags, each parameter's
+    `requires_grad`, and the random state of the CPU and of the host's GPU.
 
     Raises:
         TypeError: see `unwrap`.
@@ -160,6 +171,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         inside.enter_context(_LOCKS.setdefault(model, threading.RLock()))
         modes = [(module, module.training) for module in model.modules()]
         wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        checkpointing = [m for m in model.modules() if m.__dict__.get("grad_checkpointing") is True]
         compiled = [(m, m._compiled_call_impl) for m in model.modules() if getattr(m, "_compiled_call_impl", None)]
         device = host_device(model)
         inside.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
@@ -173,8 +185,12 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
                 parameter.requires_grad_(False)
             for module, _ in compiled:
                 module._compiled_call_impl = None
+            for module in checkpointing:
+                module.grad_checkpointing = False
             yield model
         finally:
+            for module in checkpointing:
+                module.grad_checkpointing = True
             for module, mode in modes:
                 module.training = mode
             for parameter, flag in wanted:
@@ -202,26 +218,28 @@ _WRITES: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary(
 
 @contextlib.contextmanager
 def _images_spared(host: nn.Module) -> Iterator[None]:
-    """Give the host copies of its images, unless it is known to leave them as they are."""
-    if _WRITES.get(host) is False:
-        yield
-        return
-    copies: list[Tensor] = []
+    """Give the host copies of its images, unless it was seen to leave them as they are."""
+    given: list[tuple[Tensor, int]] = []  # what the running pass got, and its version then
 
     def before(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if _WRITES.get(host) is False or not (inputs and isinstance(inputs[0], Tensor)):
+        if not (inputs and isinstance(inputs[0], Tensor)):
             return None
-        copies[:] = [inputs[0].clone()]
-        return (*copies, *inputs[1:])
+        x = inputs[0]
+        if _WRITES.get(host) is not False or x.is_inference():  # which has no version
+            x = x.clone()
+        given[:] = [(x, x._version)]
+        return (x, *inputs[1:])
 
     def after(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-        if copies:
-            _WRITES[host] = _WRITES.get(host, False) or copies.pop()._version > 0
+        if given:
+            x, version = given.pop()
+            # Looked at in every pass: noise may leave a branch untaken that the user's images take.
+            _WRITES[host] = _WRITES.get(host, False) or x._version != version
 
     handles = []
     try:
-        handles.append(host.register_forward_pre_hook(before, prepend=True))
-        handles.append(host.register_forward_hook(after))
+        handles.append(host.register_forward_pre_hook(_ours(before), prepend=True))
+        handles.append(host.register_forward_hook(_ours(after)))
         yield
     finally:
         for handle in handles:
@@ -329,7 +347,7 @@ def capture(
     handles = []
     try:
         for name in names:
-            handles.append(find_module(model, name).register_forward_hook(answering(hook_for(name))))
+            handles.append(find_module(model, name).register_forward_hook(on_own_level(hook_for(name))))
         try:
             yield seen
         except _Stop as raised:
@@ -385,9 +403,9 @@ def replace_output(
 
     handles = []
     try:
-        handles.append(model.register_forward_pre_hook(answering(start)))
-        handles.append(find_module(model, name).register_forward_hook(answering(hook)))
-        handles.append(model.register_forward_hook(answering(end)))
+        handles.append(model.register_forward_pre_hook(on_own_level(start)))
+        handles.append(find_module(model, name).register_forward_hook(on_own_level(hook, restricts=True)))
+        handles.append(model.register_forward_hook(on_own_level(end)))
         yield
     finally:
         for handle in handles:

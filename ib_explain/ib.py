@@ -23,6 +23,7 @@ from ib_explain.data.batches import Batches, Share
 from ib_explain.files import check_replaceable, replace_folder
 from ib_explain.fitting import (
     DEFAULT_IMAGES,
+    check_varies,
     choose_precision,
     doubts,
     estimate_statistics,
@@ -38,7 +39,6 @@ from ib_explain.hooks import (
     outside_inference_mode,
     replace_output,
     unwrap,
-    weights_state,
 )
 from ib_explain.io import FILES, FORMAT, data_config, host_facts, read_folder, versions, write_folder
 from ib_explain.layouts import Layout
@@ -47,8 +47,8 @@ from ib_explain.observation import Observation, observe
 from ib_explain.per_image import REFINING_LR, PerImageSettings, optimise
 from ib_explain.places import Place, find_place
 from ib_explain.randomness import check_seed, generator_of, normal
+from ib_explain.reference import reference_statistics
 from ib_explain.sites import Site, input_size_of
-from ib_explain.stripes import probe_images
 from ib_explain.targets import Target, class_rows
 from ib_explain.training import FitSettings
 
@@ -58,7 +58,6 @@ READS = ("gradient", "features")
 OUTPUTS = {"bits": "bits", "attention": "attention", "relevance": "label bits"}  # with their units
 OPTIONS = ("gate", "reads", "anchors", "per_element", "relevance", "seed")  # that a saved bottleneck is built with
 OBJECTIVES = ("prediction", "label")
-REFERENCE_IMAGES = 32
 LEAK_WORTH_A_WARNING = 0.05
 ONE_CLASS = "model must tell at least 2 classes, got 1; wrap a single logit z as torch.cat([-z, z], dim=1)"
 
@@ -137,7 +136,6 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         self.record: dict[str, Any] | None = None
         self._bottleneck: Bottleneck | None = None
         self._place: Place | None = None
-        self._reference: tuple[Any, Restriction] | None = None
 
     @property
     def host(self) -> nn.Module:
@@ -618,20 +616,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         """The fitted restriction, or one whose statistics come from reference images, never from the explained ones."""
         if reference is None and self.fitted:
             return self.bottleneck.restriction
-        state = (place, weights_state(host))
-        if reference is None and self._reference is not None and self._reference[0] == state:
-            return self._reference[1]
-        images = probe_images(REFERENCE_IMAGES, place.input_size, seed=7)
-        if reference is not None:
-            images = check_images(reference, size=place.input_size, name="reference")
-        batches = Batches(list(images.split(8)), self.seed)
-        found = estimate_statistics(
-            host, dataclasses.replace(place, deeper=()), batches, per_element=self.per_element, args=args
-        )
-        restriction = Restriction(self.gate, found.moments, found.side).to(host_device(host)).requires_grad_(False)
-        if reference is None:
-            self._reference = (state, restriction)
-        return restriction
+        found = reference_statistics(host, place.site, reference, per_element=self.per_element, args=args)
+        check_varies(place.site.name, found.varies)
+        return Restriction(self.gate, found.moments, found.side).to(host_device(host)).requires_grad_(False)
 
     def _plan(
         self, host: nn.Module, x: Tensor, target: Target, args: tuple[Any, ...], attention: float | Tensor | None

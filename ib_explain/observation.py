@@ -89,8 +89,9 @@ def observe(
         return map_tensors(output, Tensor.clone)
 
     recorder = TailRecorder(host, site.name) if site.skippable else contextlib.nullcontext()
-    with torch.no_grad(), capture(host, layouts, at=at), recorder:
-        logits = run_host(host, x, args)
+    with torch.no_grad():
+        with capture(host, layouts, at=at), recorder:
+            logits = run_host(host, x, args)
         classes = target(logits.detach()) if callable(target) else resolve_target(target, logits.detach())
         gradients: list[Tensor] = []
         if gradient and leaf is not None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ib_explain.cuts import CleanPass
-from ib_explain.hooks import LayerError, find_module, module_name, unwrap, weights_state
+from ib_explain.facts import remembered
+from ib_explain.hooks import LayerError, find_module, module_name, unwrap
 from ib_explain.layouts import Layout
 from ib_explain.stripes import find_layouts
 from ib_explain.survey import Candidate, Survey, survey
@@ -76,14 +76,6 @@ class Site:
         """Whether a bottleneck here can say where evidence is: it cuts, and the logits read the grid."""
         return not (self.leak > LEAK_LIMIT or self.reached == 0 or self.effect <= EFFECT_LIMIT)
 
-    @property
-    def score(self) -> float:
-        """What `default_layer` maximises; 0 for a site that is not usable."""
-        if not self.usable:
-            return 0.0
-        effect, leak = (1.0, 0.0) if math.isnan(self.leak) else (self.effect, self.leak)
-        return _promise(self.layout, self.depth) * _carried(effect) * (1 - leak) * (POOLED if self.pooled else 1.0)
-
 
 def default_layer(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> str:
     """Choose the layer for the bottleneck.
@@ -121,11 +113,11 @@ def sites(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> l
     size = _size(model, input_size)
     host = unwrap(model)
     names = candidate_layers(host, size)
-    result = []
+    result: list[Site] = []
     for start in range(0, len(names), GROUP):
         group = names[start : start + GROUP]
-        layouts = layouts_of(host, group, size, ())
-        result += _measure(host, [name for name in group if isinstance(layouts[name], Layout)], size, ())
+        grids = {name: found for name, found in layouts_of(host, group, size).items() if isinstance(found, Layout)}
+        result += _measure(host, grids, size, ())
     return result
 
 
@@ -158,22 +150,17 @@ def resolve_site(
         LayerError: the layer does not run, or runs more than once.
     """
     host = unwrap(model)
-    known = _known(host, input_size)
     if layer is None:
-        if known.default is None:
-            known.default = _best_site(host, input_size, args)
-        return known.sites[known.default]
+        return remembered(host, ("default", input_size), lambda: _best_site(host, input_size, args))
     name = module_name(host, layer if isinstance(layer, nn.Module) else find_module(host, layer))
-    if name not in known.sites:
-        runs = _survey(host, input_size, args).runs[name]
-        if runs != 1:
-            what = "does not run" if runs == 0 else f"runs {runs} times"
-            raise LayerError(f"layer {name!r} {what} in one forward pass; name a layer that runs once")
-        layout = layouts_of(host, [name], input_size, args)[name]
-        if not isinstance(layout, Layout):
-            raise ValueError(f"layer {name!r} has no spatial grid: {layout}")
-        _measure(host, [name], input_size, args)
-    return known.sites[name]
+    runs = _survey(host, input_size, args).runs[name]
+    if runs != 1:
+        what = "does not run" if runs == 0 else f"runs {runs} times"
+        raise LayerError(f"layer {name!r} {what} in one forward pass; name a layer that runs once")
+    layout = layouts_of(host, [name], input_size, args)[name]
+    if not isinstance(layout, Layout):
+        raise ValueError(f"layer {name!r} has no spatial grid: {layout}")
+    return _measure(host, {name: layout}, input_size, args)[0]
 
 
 def deeper_sites(model: nn.Module, site: Site, args: tuple[Any, ...] = ()) -> list[tuple[str, Layout]]:
@@ -221,33 +208,8 @@ def _size(model: nn.Module, given: Any) -> tuple[int, int, int]:
     return int(size[0]), int(size[1]), int(size[2])
 
 
-@dataclass
-class _Known:
-    """What was found out about a host for inputs of one size."""
-
-    survey: Survey | None = None
-    layouts: dict[str, Layout | str] = field(default_factory=dict)
-    sites: dict[str, Site] = field(default_factory=dict)
-    default: str | None = None
-
-
-# Of each host, for its weights as they were when it was looked at.
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[tuple[int, int, int], _Known]]]
-_KNOWN = weakref.WeakKeyDictionary()
-
-
-def _known(host: nn.Module, size: tuple[int, int, int]) -> _Known:
-    weights = weights_state(host)
-    if host not in _KNOWN or _KNOWN[host][0] != weights:
-        _KNOWN[host] = (weights, {})
-    return _KNOWN[host][1].setdefault(size, _Known())
-
-
 def _survey(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -> Survey:
-    known = _known(host, size)
-    if known.survey is None:
-        known.survey = survey(host, size, args)
-    return known.survey
+    return remembered(host, ("survey", size), lambda: survey(host, size, args))
 
 
 def layouts_of(
@@ -255,7 +217,7 @@ def layouts_of(
 ) -> dict[str, Layout | str]:
     """Layouts of these layers, or what was seen of one without a grid; one probe for those that are not known yet."""
     host = unwrap(model)
-    known = _known(host, size).layouts
+    known: dict[str, Layout | str] = remembered(host, ("layouts", size), dict)
     if new := [name for name in names if name not in known]:
         known.update(find_layouts(host, new, size, args))
     return {name: known[name] for name in names}
@@ -265,59 +227,61 @@ def _fineness(grid: tuple[int, int]) -> float:
     return min(1.0, grid[0] * grid[1] / FINE_ENOUGH)
 
 
-def _hope(candidate: Candidate) -> float:
+def _best_possible_score(candidate: Candidate) -> float:
     """The score that its shapes and its depth allow at best."""
     return _fineness(candidate.grid) * candidate.depth
 
 
-def _carried(effect: float) -> float:
+def _effect_factor(effect: float) -> float:
     """What the effect counts: a power, for what has left the grid is neither shown nor there to be fitted."""
     return min(1.0, effect) ** EFFECT_POWER
 
 
-def _promise(layout: Layout, depth: float) -> float:
+def _score_as_perfect_cut(layout: Layout, depth: float) -> float:
     """The score of a perfect cut with this layout."""
     return _fineness(layout.grid) * depth * (1.0 if layout.verified == "probe" else SHAPE_ONLY)
 
 
-def _best_site(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -> str:
-    """Name of the default layer, which is then among the known sites.
+def _best_site(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -> Site:
+    """The default layer.
 
     Candidates are taken in the order of what they could score at best, until no later one can win.
     """
-    waiting = sorted(_survey(host, size, args).candidates, key=lambda c: -_hope(c))
+    waiting = sorted(_survey(host, size, args).candidates, key=lambda c: -_best_possible_score(c))
     scores: dict[str, float] = {}
+    layouts: dict[str, Layout] = {}
     passed_over: list[Candidate] = []
-    pooled: list[str] = []
+    pooled: list[Site] = []
     rejected: list[Site] = []
     while True:
         best = max(scores.values(), default=0.0)
-        if waiting and _hope(waiting[0]) > ALIKE * best:
+        if waiting and _best_possible_score(waiting[0]) > ALIKE * best:
             # What lies behind the best bet is likely to be read later: its layouts cost nothing in the same probe.
             behind = [c for c in waiting[GROUP:] if c.depth > waiting[0].depth]
             group = waiting[:GROUP] + behind
             waiting = [c for c in waiting[GROUP:] if c not in behind]
-            scores |= _scores(host, group, best, size, args)
+            found = layouts_of(host, [c.name for c in group], size, args)
+            layouts |= {name: layout for name, layout in found.items() if isinstance(layout, Layout)}
+            scores |= _scores(host, [c for c in group if c.name in layouts], layouts, best, size, args)
             passed_over += [c for c in group if c.name not in scores]
         elif best > 0:
-            layouts = _known(host, size).layouts
             first = layouts[max(scores, key=lambda n: scores[n])]
-            alike = [n for n, score in scores.items() if score >= ALIKE * best and _same_grid(layouts[n], first)]
+            alike = [n for n, score in scores.items() if score >= ALIKE * best and layouts[n].grid == first.grid]
             name = min(alike, key=lambda n: (n.count("."), -scores[n]))
-            (site,) = _measure(host, [name], size, args)
+            (site,) = _measure(host, {name: layouts[name]}, size, args)
             if not site.usable:
                 rejected.append(site)
                 del scores[name]
-            elif site.pooled and name not in pooled:
-                pooled.append(name)
+            elif site.pooled and site not in pooled:
+                pooled.append(site)
                 if len(pooled) == POOLED_TRIES:
                     return pooled[0]
                 scores[name] *= POOLED  # others have another chance
-                waiting, passed_over = sorted([*waiting, *passed_over], key=lambda c: -_hope(c)), []
+                waiting, passed_over = sorted([*waiting, *passed_over], key=lambda c: -_best_possible_score(c)), []
             else:
-                return name
+                return site
         else:
-            seen = max(rejected, key=lambda s: -s.leak, default=None)
+            seen = min(rejected, key=lambda s: s.leak, default=None)
             raise ValueError(_no_default(host, size, seen))
 
 
@@ -334,28 +298,28 @@ def _no_default(host: nn.Module, size: tuple[int, int, int], seen: Site | None) 
     return f"{what}; {wanted}, {got}; name a layer"
 
 
-def _same_grid(one: Layout | str, other: Layout | str) -> bool:
-    return isinstance(one, Layout) and isinstance(other, Layout) and one.grid == other.grid
-
-
 def _scores(
-    host: nn.Module, group: list[Candidate], best: float, size: tuple[int, int, int], args: tuple[Any, ...]
+    host: nn.Module,
+    group: list[Candidate],
+    layouts: dict[str, Layout],
+    best: float,
+    size: tuple[int, int, int],
+    args: tuple[Any, ...],
 ) -> dict[str, float]:
     """Scores of the candidates that could still win, with no more passes than that takes.
 
     A cut whose tensor is all grid has effect 1 and leak 0. Tokens beside the grid take from the effect; only with
     several tensors does the leak have to be measured too.
     """
-    layouts = layouts_of(host, [c.name for c in group], size, args)
-    grids = {c: layout for c in group if isinstance(layout := layouts[c.name], Layout)}
-    mixed = [c.name for c, layout in grids.items() if layout.has_side or not c.cut]
+    mixed = [c.name for c in group if layouts[c.name].has_side or not c.cut]
     clean = CleanPass(host, mixed, size, args) if mixed else None
     scores: dict[str, float] = {}
-    for candidate, layout in grids.items():
-        score = _promise(layout, candidate.depth)
+    for candidate in group:
+        layout = layouts[candidate.name]
+        score = _score_as_perfect_cut(layout, candidate.depth)
         if clean is not None and candidate.name in mixed and score > ALIKE * best:
             effect = clean.effect(candidate.name, layout)
-            score *= 0.0 if effect <= EFFECT_LIMIT else _carried(effect)
+            score *= 0.0 if effect <= EFFECT_LIMIT else _effect_factor(effect)
             if not candidate.cut and score > ALIKE * best:
                 leak = clean.leak(candidate.name, layout)
                 score *= 0.0 if leak > LEAK_LIMIT else 1 - leak
@@ -365,13 +329,13 @@ def _scores(
     return scores
 
 
-def _measure(host: nn.Module, names: list[str], size: tuple[int, int, int], args: tuple[Any, ...]) -> list[Site]:
-    """Measure layers whose layouts are known; one clean pass serves all that were not measured before."""
-    known = _known(host, size)
-    if new := [name for name in names if name not in known.sites]:
+def _measure(
+    host: nn.Module, layouts: dict[str, Layout], size: tuple[int, int, int], args: tuple[Any, ...]
+) -> list[Site]:
+    """Measure layers with their layouts; one clean pass serves all that were not measured before."""
+    known: dict[str, Site] = remembered(host, ("sites", size), dict)
+    if new := [name for name in layouts if name not in known]:
         clean, depths = CleanPass(host, new, size, args), _survey(host, size, args).depths
         for name in new:
-            layout = known.layouts[name]
-            assert isinstance(layout, Layout)
-            known.sites[name] = Site(name, layout, size, depths[name], *clean.figures(name, layout))
-    return [known.sites[name] for name in names]
+            known[name] = Site(name, layouts[name], size, depths[name], *clean.figures(name, layouts[name]))
+    return [known[name] for name in layouts]

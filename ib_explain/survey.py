@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ib_explain.hooks import answering, frozen, run_host
+from ib_explain.hooks import frozen, on_own_level, run_host
 from ib_explain.layouts import leaves
 from ib_explain.readings import finest_grid
 from ib_explain.stripes import probe_batch
@@ -56,7 +56,7 @@ def survey(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -
             nodes = tuple(tensor.grad_fn for tensor in tensors)
             calls.append((name, [tuple(t.shape) for t in tensors], nodes, done))
 
-        return module.register_forward_hook(answering(hook))
+        return module.register_forward_hook(on_own_level(hook))
 
     handles: list[Any] = []
     with frozen(host), torch.enable_grad():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ib_explain.hooks import LayerError, answering, find_module, map_tensors, replace_output, run_host, unwrap
+from ib_explain.hooks import LayerError, find_module, map_tensors, on_own_level, replace_output, run_host, unwrap
 
 __all__ = ["Tail", "TailRecorder"]
 
@@ -43,9 +43,9 @@ class TailRecorder:
                 for child_name, child in module.named_children():
                     full = f"{ancestor}.{child_name}" if ancestor else child_name
                     if full == self.name:
-                        self._handles.append(child.register_forward_hook(answering(self._arrive)))
+                        self._handles.append(child.register_forward_hook(on_own_level(self._arrive)))
                     elif full not in self._ancestors:
-                        self._handles.append(child.register_forward_hook(answering(self._note(full))))
+                        self._handles.append(child.register_forward_hook(on_own_level(self._note(full))))
         except BaseException:
             self.__exit__()
             raise
@@ -120,7 +120,7 @@ def _skip(forward: Callable[..., Any], outputs: list[Any], arrived: list[bool]) 
 def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Give the module another `forward` for a while; an instance's own one (accelerate sets such) comes back."""
     own = module.__dict__.get("forward")
-    module.__dict__["forward"] = answering(forward, module.forward)
+    module.__dict__["forward"] = on_own_level(forward, module.forward)
     try:
         yield
     finally:

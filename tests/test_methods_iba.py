@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import ib_explain as ibx
 from ib_explain.hooks import frozen
-from ib_explain.methods import Call, NotApplicable
+from ib_explain.methods import NotApplicable
 from ib_explain.methods.iba import iba_layer
-from ib_explain.methods.reference import reference_statistics
+from ib_explain.reference import reference_statistics
 from ib_explain.sites import resolve_site
 
 
@@ -82,11 +82,11 @@ def test_against_the_published_procedure() -> None:
 def test_statistics_per_element() -> None:
     net, reference = Net().eval(), images(9, 1)
     with frozen(net):
-        call = Call(net, images(1, 0), None, None, 0, 4)
-        known = reference_statistics(call, resolve_site(net, "site", (3, 24, 24)), reference, per_element=True)
+        site = resolve_site(net, "site", (3, 24, 24))
+        known = reference_statistics(net, site, reference, per_element=True, rows=4)
         with torch.no_grad():
             stored = net.site(net.stem(reference))
-    torch.testing.assert_close(known.mean[0], stored.mean(dim=0))
+    torch.testing.assert_close(known.moments.mean[0], stored.mean(dim=0))
     torch.testing.assert_close(known.std[0], stored.std(dim=0), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(known.active[0], (stored != 0).float().mean(dim=0))
     assert known.active[0, 0].sum() == 0
@@ -101,13 +101,28 @@ def test_statistics_are_remembered_until_something_changes() -> None:
     def ask(given: Tensor | None) -> int:
         runs.clear()
         with frozen(net):
-            reference_statistics(Call(net, images(1, 0), None, None, 0, None), site, given, per_element=True)
+            reference_statistics(net, site, given, per_element=True)
         return sum(runs)
 
     assert [ask(reference), ask(reference), ask(reference.clone()), ask(None), ask(None)] == [9, 0, 9, 32, 0]
     with torch.no_grad():
         net.fc.weight.mul_(2)
     assert ask(None) == 32
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("ib", {"steps": 1}), ("iba", {"steps": 1}), ("activation_energy", {})]
+)
+def test_statistics_of_noise_cost_a_host_32_images_once(method: str, options: dict[str, int]) -> None:
+    net, x = Net().eval(), images(6, 0)
+    ibx.attribute(net, x[:1], method=method, layer="site", **options)
+    stem: list[int] = []
+    handle = net.stem[0].register_forward_hook(lambda _m, _i, output: stem.append(len(output)))
+    ibx.attribute(net, x[:1], method=method, layer="site", **options)  # with this hook it is another host
+    stem.clear()
+    ibx.attribute(net, x, method=method, layer="site", batch_size=2, **options)
+    handle.remove()
+    assert max(stem) == 2
 
 
 def test_reference_of_another_size_is_refused() -> None:

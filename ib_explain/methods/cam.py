@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ib_explain.hooks import capture, frozen, host_device, map_tensors, run_host, unwrap
+from ib_explain.facts import remembered
+from ib_explain.hooks import capture, frozen, map_tensors, run_host, unwrap
 from ib_explain.layouts import leaves
 from ib_explain.methods.base import Call, NotApplicable
 from ib_explain.observation import observe
 from ib_explain.sites import Site, candidate_layers, input_size_of, resolve_site
-from ib_explain.stripes import probe_images
+from ib_explain.stripes import probe_batch
 from ib_explain.targets import resolve_target, target_scores
 
 __all__ = ["Glance", "cam_layer", "cam_site", "glance", "grid_and_classes", "grid_features"]
 
 ENOUGH = 0.5  # share of the grid's positions that the gradient must reach
-
-_CHOSEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int, int], str]] = weakref.WeakKeyDictionary()
 
 
 def cam_layer(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> str:
@@ -38,17 +36,14 @@ def cam_layer(model: nn.Module, input_size: tuple[int, int, int] | None = None) 
         input_size: (3, H, W); by default what the host's own data config says, else (3, 224, 224).
 
     Returns:
-        The dotted name of the layer; remembered as long as the host lives.
+        The dotted name of the layer; remembered as long as the host stays as it is.
 
     Raises:
         NotApplicable: no layer has a grid that the gradient reaches.
     """
     host = unwrap(model)
     size = input_size or input_size_of(host)
-    chosen = _CHOSEN.setdefault(host, {})
-    if size not in chosen:
-        chosen[size] = _deepest(host, size)
-    return chosen[size]
+    return remembered(host, ("cam_layer", size), lambda: _deepest(host, size))
 
 
 def _deepest(host: nn.Module, size: tuple[int, int, int]) -> str:
@@ -75,8 +70,7 @@ def _pooled(host: nn.Module, names: list[str], size: tuple[int, int, int]) -> se
         if any(leaf.grad_fn is not None and "Pool" in leaf.grad_fn.name() for _, leaf in leaves(output)):
             found.add(name)
 
-    weight = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0, device=host_device(host)))
-    x = probe_images(1, size, seed=0).to(weight).requires_grad_()
+    x = probe_batch(host, 1, size).requires_grad_()
     with frozen(host), torch.enable_grad(), capture(host, names, once=False, at=note):
         run_host(host, x)
     return found

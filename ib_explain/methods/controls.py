@@ -13,8 +13,8 @@ from ib_explain.checks import check_number
 from ib_explain.maps import resize
 from ib_explain.methods.base import Call, register_method
 from ib_explain.methods.cam import grid_features
-from ib_explain.methods.reference import reference_statistics
 from ib_explain.randomness import generator_of, uniform
+from ib_explain.reference import reference_statistics
 from ib_explain.sites import resolve_site
 
 __all__ = ["ActivationEnergy", "CenterGaussian", "Constant", "Edges", "Random", "sobel_magnitude"]
@@ -102,10 +102,8 @@ class ActivationEnergy:
 
     def __call__(self, call: Call) -> Tensor:
         site = resolve_site(call.model, call.layer, call.input_size)
-        known = reference_statistics(call, site, self.reference, per_element=False)
-        # A channel that never moves must not look infinitely surprising: floor at 1 % of the mean deviation.
-        std = known.std.clamp_min(float(0.01 * known.std.mean()))
-        normalised = (grid_features(call, site) - known.mean) / std.clamp_min(torch.finfo(torch.float32).tiny)
+        known = reference_statistics(call.model, site, self.reference, per_element=False, rows=call.batch_size)
+        normalised = (grid_features(call, site) - known.moments.mean) / known.moments.std
         return resize(normalised.square().sum(dim=1, keepdim=True), call.size)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import weakref
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,15 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ib_explain.checks import check_number, check_positive_int
-from ib_explain.hooks import capture, frozen, host_device, run_host, unwrap
+from ib_explain.facts import remembered
+from ib_explain.hooks import capture, frozen, run_host, unwrap
 from ib_explain.layouts import Layout, leaves
 from ib_explain.maps import resize
 from ib_explain.methods.base import Call, NotApplicable, register_method
-from ib_explain.methods.reference import Reference, reference_statistics
 from ib_explain.observation import Observation, observe
 from ib_explain.randomness import generator_of, normal
+from ib_explain.reference import Reference, reference_statistics
 from ib_explain.sites import candidate_layers, input_size_of, resolve_site
-from ib_explain.stripes import find_layouts, probe_images
+from ib_explain.stripes import find_layouts, probe_batch
 from ib_explain.targets import resolve_target
 
 __all__ = ["IBA", "iba_layer"]
@@ -30,8 +30,6 @@ STRIDE = 8  # a 28x28 grid for 224 px, the published choice
 STEM = 0.15
 LEAST_STD = 0.01
 LEAST_ACTIVE = 0.01
-
-_CHOSEN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int, int], str]] = weakref.WeakKeyDictionary()
 
 
 @register_method("iba")
@@ -73,7 +71,7 @@ class IBA:
         site = resolve_site(call.model, layer, call.input_size)
         if min(site.grid) < 3:
             raise NotApplicable(f"IBA smooths with a 5x5 kernel and needs a 3x3 grid, {site.name!r} has {site.grid}")
-        statistics = reference_statistics(call, site, self.reference, per_element=True)
+        statistics = reference_statistics(call.model, site, self.reference, per_element=True, rows=call.batch_size)
         # Copies go through the host together as far as the rows of one pass allow.
         at_once = max(n for n in range(1, self.copies + 1) if self.copies % n == 0 and n <= call.copies_per_pass)
         count = len(call.x)
@@ -91,7 +89,7 @@ class IBA:
         """Nats of each element after `steps - 1` updates, (count, C, h, w)."""
         features = seen.features[:count].float()
         std, active = known.std.clamp_min(LEAST_STD), known.active > LEAST_ACTIVE
-        normalised = (features - known.mean) / std
+        normalised = (features - known.moments.mean) / std
         alpha = torch.full_like(features, 5.0).requires_grad_()
         optimiser = torch.optim.Adam([alpha], lr=self.lr)
         generator = generator_of(seed, features.device)
@@ -102,7 +100,7 @@ class IBA:
                 alpha.grad = torch.zeros_like(alpha)
                 for part in noise.split(at_once):
                     closed = _closed(alpha)  # 1 - lambda
-                    replaced = known.mean + std * part[:, None]  # (at_once, 1, C, h, w)
+                    replaced = known.moments.mean + std * part[:, None]  # (at_once, 1, C, h, w)
                     mixed = ((1 - closed) * features + closed * replaced) * active
                     logits = seen.tail(layout.with_grid(seen.output, mixed.flatten(0, 1), known.side))
                     loss = F.cross_entropy(logits.float(), seen.target, reduction="sum")
@@ -125,10 +123,7 @@ def iba_layer(model: nn.Module, input_size: tuple[int, int, int] | None = None) 
     """
     host = unwrap(model)
     size = input_size or input_size_of(host)
-    chosen = _CHOSEN.setdefault(host, {})
-    if size not in chosen:
-        chosen[size] = _nearest(host, size)
-    return chosen[size]
+    return remembered(host, ("iba_layer", size), lambda: _nearest(host, size))
 
 
 def _nearest(host: nn.Module, size: tuple[int, int, int]) -> str:
@@ -170,10 +165,9 @@ def _grids(host: nn.Module, size: tuple[int, int, int]) -> dict[str, tuple[int, 
     def note(name: str, output: Any) -> None:
         shapes[name] = tuple((path, tuple(leaf.shape)) for path, leaf in leaves(output))
 
-    weight = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0, device=host_device(host)))
     names = candidate_layers(host, size)
     with frozen(host), torch.no_grad(), capture(host, names, once=False, at=note):
-        run_host(host, probe_images(1, size, seed=0).to(weight))
+        run_host(host, probe_batch(host, 1, size))
     last = {shape: name for name, shape in shapes.items()}
     found = find_layouts(host, last.values(), size)
     layouts = {name: found[last[shape]] for name, shape in shapes.items()}

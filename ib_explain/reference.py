@@ -1,0 +1,116 @@
+"""What the features at a site are like over reference images: the measure of what is not fitted."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ib_explain.checks import check_images
+from ib_explain.facts import remembered
+from ib_explain.hooks import capture, host_device, host_dtype, run_host
+from ib_explain.sites import Site
+from ib_explain.statistics import Moments, RunningMean, RunningMoments
+from ib_explain.stripes import probe_images
+
+__all__ = ["Reference", "reference_statistics"]
+
+NOISE_IMAGES = 32
+NOISE_SEED = 7
+ROWS = 32  # of one forward pass where the caller has no wish
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the features of a site are like over reference images, float32 on the host's device.
+
+    Attributes:
+        moments: mean and floored standard deviation, (1, C, 1, 1), or (1, C, h, w) per element.
+        std: the unbiased standard deviation itself, of the same shape; may be 0.
+        varies: whether any feature does.
+        active: share of reference images in which the element is not zero, (1, C, h, w).
+        side: means of what stands beside the grid, as `Layout.side_of` lists it.
+    """
+
+    moments: Moments
+    std: Tensor
+    varies: bool
+    active: Tensor
+    side: list[Tensor]
+
+
+def reference_statistics(
+    host: nn.Module,
+    site: Site,
+    images: Tensor | None,
+    *,
+    per_element: bool,
+    rows: int | None = None,
+    args: tuple[Any, ...] = (),
+) -> Reference:
+    """Mean and standard deviation of the features at `site`; the host runs only up to there.
+
+    The last ones of each site are remembered: chunk after chunk of one data set asks for the same.
+
+    Args:
+        host: the host, frozen by the caller.
+        site: the layer.
+        images: reference images (N, 3, H, W) of the explained images' size; None for 32 images of smooth noise,
+            never the explained images themselves.
+        per_element: a mean for each position and channel instead of one for each channel.
+        rows: images of one forward pass.
+        args: further arguments of the host's forward; what was found with some is not remembered.
+
+    Raises:
+        ValueError: images of another size.
+    """
+    if images is not None:
+        check_images(images, size=site.input_size, name="reference")
+    if args:
+        return _estimate(host, site, images, per_element, rows, args)
+    last: dict[str, Any] = remembered(host, ("reference", site.name, site.input_size, per_element), dict)
+    # In-place changes of the images change their version, so that nothing stale is used.
+    version = None if images is None else images._version
+    if not last or last["images"]() is not images or last["version"] != version:
+        found = _estimate(host, site, images, per_element, rows, args)
+        of = (lambda: None) if images is None else weakref.ref(images)
+        last.update(images=of, version=version, found=found)
+    reference: Reference = last["found"]
+    return reference
+
+
+def _estimate(
+    host: nn.Module,
+    site: Site,
+    images: Tensor | None,
+    per_element: bool,
+    rows: int | None,
+    args: tuple[Any, ...],
+) -> Reference:
+    moments, active, side = RunningMoments(per_element=per_element), RunningMean(), RunningMean()
+    for output in _outputs(host, site, images, rows or ROWS, args):
+        grid = site.layout.to_grid(output)
+        moments.update(grid)
+        active.update([(grid != 0).float()])
+        side.update(site.layout.side_of(output))
+    device = host_device(host)
+    return Reference(
+        moments=moments.result().to(device),
+        std=(moments.squares / max(moments.count - 1, 1)).sqrt().float().to(device),
+        varies=moments.varies,
+        active=active.result()[0].to(device),
+        side=[s.to(device) for s in side.result()],
+    )
+
+
+def _outputs(host: nn.Module, site: Site, images: Tensor | None, rows: int, args: tuple[Any, ...]) -> Iterator[Any]:
+    if images is None:
+        images = probe_images(NOISE_IMAGES, site.input_size, seed=NOISE_SEED)
+    for part in images.split(rows):
+        with torch.no_grad(), capture(host, [site.name], stop=True) as seen:
+            run_host(host, part.to(host_device(host), host_dtype(host)), args)
+        yield seen[site.name]
