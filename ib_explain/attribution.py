@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_images, check_maps, check_positive_int, take_options
-from ib_explain.hooks import frozen, host_device, run_host, unwrap
+from ib_explain.hooks import frozen, host_device, map_tensors, run_host, unwrap
+from ib_explain.hosts import timm_config
 from ib_explain.methods.base import METHODS, Call
 from ib_explain.progress import Progress
 from ib_explain.randomness import check_seed, seeded
+from ib_explain.sites import input_size_of
 from ib_explain.targets import Target, resolve_target, spread_target
 
 __all__ = ["as_maps", "attribute", "available_methods", "check_host", "method_runner"]
@@ -53,7 +56,8 @@ def attribute(
     Raises:
         TypeError, ValueError, IndexError: in one line, what was expected and what came; a method whose maps hold NaN.
     """
-    check_images(x, device=host_device(model) if isinstance(model, nn.Module) else None)
+    device = host_device(model)  # a TypeError for what is no model
+    check_images(x, channels=input_size_of(model)[0] if timm_config(model) else None, device=device)
     if layer is not None and not isinstance(method, str) and not is_dataclass(method):
         raise TypeError(f"only registered methods take a layer here, got one for a {type(method).__name__}")
     check_host(method, model)
@@ -69,11 +73,18 @@ def attribute(
                 target = resolve_target(target, x.new_zeros(len(x), classes))
         maps = []
         for start in range(0, len(x), size):
-            part = x[start : start + size]
-            chosen = None if target is None else target[start : start + size]
+            rows = slice(start, start + size)
+            part = x[rows]
+            chosen = None if target is None else target[rows]
+            if hasattr(method, "attribute"):  # its baselines and further arguments may hold one row an image
+                run = method_runner(method, map_tensors(options, functools.partial(_rows, rows=rows, of=len(x))))
             maps.append(as_maps(run(Call(host, part, chosen, layer, seed, batch_size)), part))
             progress.step(len(part))
     return torch.cat(maps)
+
+
+def _rows(option: Tensor, rows: slice, of: int) -> Tensor:
+    return option[rows] if option.ndim > 0 and len(option) == of else option
 
 
 def available_methods() -> dict[str, str]:

@@ -10,14 +10,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ib_explain.files import current_folder, replace_folder
-from ib_explain.io import FILES, FORMAT, read_folder, write_folder
+from ib_explain.files import check_replaceable, current_folder, replace_folder
+from ib_explain.io import CONFIG, FILES, FORMAT, read_folder, write_folder
 
-__all__ = ["CHECKPOINT_FILES", "read_checkpoint", "write_checkpoint"]
+__all__ = ["CHECKPOINT_FILES", "check_checkpoint_folder", "read_checkpoint", "write_checkpoint"]
 
 OPTIMISER = "optimiser.safetensors"
 CHECKPOINT_FILES = (*FILES, OPTIMISER)
 RUN = ("step", "images", "seconds", "grid_alone", "figures", "history", "settings", "scaler")
+
+
+def check_checkpoint_folder(path: str | Path) -> None:
+    """Make sure that checkpoints can be written at `path`, over none but older ones.
+
+    Raises:
+        FileExistsError: it holds other files, or a saved bottleneck, which a checkpoint would replace.
+        OSError: the place cannot be written to.
+    """
+    check_replaceable(path, CHECKPOINT_FILES)
+    path = Path(path)
+    if (path / CONFIG).exists() and not (path / OPTIMISER).exists():
+        raise FileExistsError(f"{path} holds a saved bottleneck; name another folder for checkpoints")
 
 
 def write_checkpoint(

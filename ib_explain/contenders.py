@@ -114,6 +114,8 @@ def _contender(name: Any, given: Any, model: nn.Module) -> Contender:
         raise TypeError(f"only registered methods take a layer here, got one for {_called(method)}")
     check_host(method, model)
     run = method_runner(method, options)
+    if isinstance(method, IBAttention):
+        method.check_options(**{key: value for key, value in options.items() if key in ("refine", "output")})
     facts = _facts(method, run, options)
     label, told = _called(method), {key: value for key, value in options.items() if _is_short(value)}
     if isinstance(layer, str):
@@ -158,7 +160,8 @@ def _called(method: Any) -> str:
 def _facts(method: Any, run: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(method, IBAttention):
         facts: dict[str, Any] = {"method": "IBAttention", "fitted": method.fitted, "gate": method.gate}
-        facts |= {"layer": method.layer_name, "reads": method.reads, "seed": method.seed}
+        layer = method.layer_name if method.fitted else method.asked_layer  # its first use settles the default
+        facts |= {"layer": layer, "reads": method.reads, "seed": method.seed}
         if method.fitted:
             state = method.bottleneck.state_dict()
             facts["weights"] = _digest([*state.values()])

@@ -18,7 +18,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ib_explain.bottleneck.module import Bottleneck
-from ib_explain.checks import check_images
 from ib_explain.data.batches import Batches
 from ib_explain.hooks import host_device, host_dtype
 from ib_explain.observation import observe
@@ -124,10 +123,8 @@ def check_varies(layer: str, varies: bool) -> None:
 
 
 def _prepare(x: Tensor, host: nn.Module) -> Tensor:
-    device = host_device(host)
-    if not x.is_floating_point():
-        check_images(x, name="images from data")
-    return check_images(x.to(device, host_dtype(host), non_blocking=True), name="images from data")
+    """Images of a batch, checked where it was read, as the host takes them."""
+    return x.to(host_device(host), host_dtype(host), non_blocking=True)
 
 
 def train(

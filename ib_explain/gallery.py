@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ib_explain.contenders import Contender
-from ib_explain.hosts import class_names
+from ib_explain.hosts import class_names, timm_config
 from ib_explain.leaderboard import Leaderboard
 from ib_explain.pictures import Picture, Pictures
 from ib_explain.samples import ImageBatch
@@ -91,7 +91,7 @@ def _spread(source: Source) -> list[int]:
 def _colours(x: Tensor, model: nn.Module) -> tuple[Tensor, str]:
     """Pictures in [0, 1], and what has to be said about their colours."""
     try:
-        return denormalize(x, model=model if getattr(model, "pretrained_cfg", None) else None), ""
+        return denormalize(x, model=model if timm_config(model) else None), ""
     except (TypeError, ValueError):  # nobody tells the normalisation: the pictures are for orientation only
         low, high = x.float().aminmax()
         grey = ((x.float().cpu() - low.cpu()) / (high - low).clamp_min(1e-12).cpu()).mean(dim=1, keepdim=True)
@@ -103,7 +103,7 @@ not tell how its input is normalised.",
 
 
 def _titles(model: nn.Module, batch: ImageBatch, rows: Sequence[int], classes: Sequence[int]) -> list[str]:
-    names = class_names(model) if getattr(model, "pretrained_cfg", None) else None
+    names = class_names(model)
     return [
         f"{names[index] if names else f'class {index}'} · {batch.names[row]}"
         for row, index in zip(rows, classes, strict=True)

@@ -92,6 +92,7 @@ def shapes_the_host(hook: Callable[..., Any]) -> bool:
     return not hasattr(hook, _MARK) or getattr(hook, _MARK) == _LEVEL.get()
 
 
+CHECKPOINTING = "grad_checkpointing"  # timm's flag of a module
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's names for what they wrap
 
 
@@ -171,7 +172,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         inside.enter_context(_LOCKS.setdefault(model, threading.RLock()))
         modes = [(module, module.training) for module in model.modules()]
         wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        checkpointing = [m for m in model.modules() if m.__dict__.get("grad_checkpointing") is True]
+        checkpointing = [m for m in model.modules() if m.__dict__.get(CHECKPOINTING) is True]
         compiled = [(m, m._compiled_call_impl) for m in model.modules() if getattr(m, "_compiled_call_impl", None)]
         device = host_device(model)
         inside.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
@@ -186,11 +187,11 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
             for module, _ in compiled:
                 module._compiled_call_impl = None
             for module in checkpointing:
-                module.grad_checkpointing = False
+                module.__dict__[CHECKPOINTING] = False
             yield model
         finally:
             for module in checkpointing:
-                module.grad_checkpointing = True
+                module.__dict__[CHECKPOINTING] = True
             for module, mode in modes:
                 module.training = mode
             for parameter, flag in wanted:
@@ -225,9 +226,10 @@ def _images_spared(host: nn.Module) -> Iterator[None]:
         if not (inputs and isinstance(inputs[0], Tensor)):
             return None
         x = inputs[0]
-        if _WRITES.get(host) is not False or x.is_inference():  # which has no version
+        if _WRITES.get(host) is not False:
             x = x.clone()
-        given[:] = [(x, x._version)]
+        if not x.is_inference():  # such a tensor has no version
+            given[:] = [(x, x._version)]
         return (x, *inputs[1:])
 
     def after(_module: nn.Module, _inputs: Any, _output: Any) -> None:
@@ -366,7 +368,7 @@ def replace_output(
     name: str,
     edit: Callable[[Any], Any],
     *,
-    before: Callable[[tuple[Any, ...]], None] | None = None,
+    before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
 ) -> Iterator[None]:
     """While inside, every forward pass of `model` continues with `edit(output)` in place of the layer's output.
 
@@ -374,8 +376,8 @@ def replace_output(
         model: the host, wrapped or not.
         name: of the layer.
         edit: from the layer's output to what the pass goes on with.
-        before: called with the positional arguments of each pass before it starts; passes that it runs itself are not
-            touched.
+        before: called with the arguments of each pass, positional and named, before it starts; passes that it runs
+            itself are not touched.
 
     Raises:
         LayerError: in a forward pass in which the layer does not run, or runs twice.
@@ -383,11 +385,11 @@ def replace_output(
     model = unwrap(model)
     runs = 0
 
-    def start(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def start(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         nonlocal runs
         if before is not None:
             with aside():
-                before(inputs)
+                before(inputs, named)
         runs = 0
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -403,7 +405,7 @@ def replace_output(
 
     handles = []
     try:
-        handles.append(model.register_forward_pre_hook(on_own_level(start)))
+        handles.append(model.register_forward_pre_hook(on_own_level(start), with_kwargs=True))
         handles.append(find_module(model, name).register_forward_hook(on_own_level(hook, restricts=True)))
         handles.append(model.register_forward_hook(on_own_level(end)))
         yield

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["class_names", "load_host", "pick_device"]
+from ib_explain.hooks import unwrap
+
+__all__ = ["class_names", "load_host", "pick_device", "timm_config", "timm_data_config"]
 
 
 def load_host(
@@ -80,6 +83,24 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     return found
 
 
+def timm_config(model: nn.Module) -> dict[str, Any]:
+    """What timm says of a model, wrapped or not (`pretrained_cfg`); empty for a model that timm did not make."""
+    host = unwrap(model)
+    config = getattr(host, "pretrained_cfg", None) or getattr(host, "default_cfg", None) or {}
+    return dict(config) if isinstance(config, Mapping) else dict(config.to_dict())
+
+
+def timm_data_config(model: nn.Module) -> dict[str, Any] | None:
+    """Input size, mean, std, crop and interpolation, as `timm.data.resolve_data_config` has them; None without any.
+
+    timm itself answers with ImageNet's for a model that it did not make.
+    """
+    from timm.data import resolve_data_config
+
+    config = timm_config(model)
+    return dict(resolve_data_config(pretrained_cfg=config)) if config else None
+
+
 def class_names(model: nn.Module, *, imagenet: bool = False, folders: list[str] | None = None) -> list[str] | None:
     """One name for each class of the host, or None where they are not known.
 
@@ -90,11 +111,11 @@ def class_names(model: nn.Module, *, imagenet: bool = False, folders: list[str] 
     """
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
-    config = getattr(model, "pretrained_cfg", None) or {}
-    count = getattr(model, "num_classes", config.get("num_classes"))
+    host, config = unwrap(model), timm_config(model)
+    count = getattr(host, "num_classes", config.get("num_classes"))
     names = list(config.get("label_names") or ())
     words = dict(config.get("label_descriptions") or {})
-    if not names and imagenet and (subset := infer_imagenet_subset(model)):
+    if not names and imagenet and (subset := infer_imagenet_subset(host)):
         names = ImageNetInfo(subset).label_names()
     names = names or list(folders or ())
     if not names or len(names) != count:

@@ -17,10 +17,18 @@ from torch import Tensor, nn
 
 from ib_explain.bottleneck.gates import GATES
 from ib_explain.bottleneck.module import Bottleneck, Restriction, empty_bottleneck
-from ib_explain.checkpoints import CHECKPOINT_FILES, read_checkpoint, write_checkpoint
-from ib_explain.checks import check_images, check_maps, check_number, check_positive_int, did_you_mean, warn_user
+from ib_explain.checkpoints import check_checkpoint_folder, read_checkpoint, write_checkpoint
+from ib_explain.checks import (
+    check_bool,
+    check_images,
+    check_maps,
+    check_number,
+    check_positive_int,
+    did_you_mean,
+    warn_user,
+)
 from ib_explain.data.batches import Batches, Share
-from ib_explain.files import check_replaceable, replace_folder
+from ib_explain.files import replace_folder
 from ib_explain.fitting import (
     DEFAULT_IMAGES,
     check_varies,
@@ -52,7 +60,7 @@ from ib_explain.sites import Site, input_size_of
 from ib_explain.targets import Target, class_rows
 from ib_explain.training import FitSettings
 
-__all__ = ["OUTPUTS", "IBAttention"]
+__all__ = ["OUTPUTS", "IBAttention", "check_output"]
 
 READS = ("gradient", "features")
 OUTPUTS = {"bits": "bits", "attention": "attention", "relevance": "label bits"}  # with their units
@@ -96,9 +104,11 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
 
     Attributes:
         record: what the last fit was and reached, a dict; None before.
+        asked_layer: dotted name of the layer that was asked for, None for the default.
+        layer_name: of the layer in use; known from the first `fit` or `attribute` on.
 
     Raises:
-        TypeError: `model` is no eager nn.Module, or `relevance` no bool.
+        TypeError: `model` is no eager nn.Module, `relevance` or `per_element` no bool.
         ValueError: no such layer, gate or reads (with the nearest names).
     """
 
@@ -118,22 +128,22 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
     ) -> None:
         host = unwrap(model)
         module = layer if layer is None or isinstance(layer, nn.Module) else find_module(host, layer)
-        self.layer_name = None if module is None else module_name(host, module)
+        self.asked_layer = None if module is None else module_name(host, module)
+        self.layer_name = self.asked_layer
         super().__init__(model, module)
         measures_bits = GATES.get(gate).measures_bits
-        if not isinstance(relevance, bool):
-            raise TypeError(f"relevance must be True or False, got {relevance!r}")
-        if relevance and not measures_bits:
+        if check_bool(relevance, "relevance") and not measures_bits:
             raise ValueError(f"the {gate!r} gate passes everything, so it has no relevance; use gate='gaussian'")
         if reads not in READS:
             raise ValueError(f"unknown reads {reads!r}{did_you_mean(str(reads), READS)}")
         self.anchors = check_positive_int(anchors, "anchors") if anchors else 0
         if self.anchors == 1:
             raise ValueError("anchors must be 0 (none) or at least 2, got 1")
-        self.gate, self.reads, self.per_element = gate, reads, per_element
+        self.gate, self.reads, self.per_element = gate, reads, check_bool(per_element, "per_element")
         self.seed = check_seed(seed)
         self.relevance = relevance
         self.record: dict[str, Any] | None = None
+        self._fitted_to: dict[str, Any] | None = None  # the host then, by `host_facts`
         self._bottleneck: Bottleneck | None = None
         self._place: Place | None = None
 
@@ -212,7 +222,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             TypeError: data that is no iterable of image tensors.
             ValueError: empty data, images of several sizes or that the host refuses, an unknown objective or precision,
                 a layer whose grid no gradient of the logits reaches, a host of one class, another run's checkpoint.
-            FileExistsError: the checkpoint's folder holds other files.
+            FileExistsError: the checkpoint's folder holds other files, or a saved bottleneck.
         """
         if objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {objective!r}{did_you_mean(str(objective), OBJECTIVES)}")
@@ -242,7 +252,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             description = {**self._describe(place), "host": host_facts(host), "batch_size": len(first)}
             state = None
             if checkpoint is not None:
-                check_replaceable(checkpoint, CHECKPOINT_FILES)
+                check_checkpoint_folder(checkpoint)
             if resume and checkpoint is not None:
                 state = read_checkpoint(checkpoint, description, dataclasses.asdict(settings))
             if state is not None:
@@ -267,6 +277,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             )
         # Only now: a run that is interrupted leaves an earlier fit as it was.
         self._bottleneck = bottleneck.requires_grad_(False)
+        self._fitted_to = description["host"]
         self._settle(place)
         images = int(bottleneck.restriction.moments.get_buffer("count"))
         about = {"layer": place.site.name, "device": str(device), "data": _source(data)}
@@ -305,16 +316,27 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         x, echo = (inputs[0], True) if isinstance(inputs, tuple) and len(inputs) == 1 else (inputs, False)
         if isinstance(x, tuple):
             raise ValueError(f"inputs must be one tensor or a tuple of one, got a tuple of {len(x)}")
-        if isinstance(refine, bool) or not hasattr(refine, "__index__") or refine < 0:
-            raise ValueError(f"refine must be an integer >= 0, got {refine!r}")
-        if refine and not self.fitted:
-            raise ValueError(f"refine starts from a fitted attention; call .fit(data) first, got refine={refine}")
+        self.check_options(refine=refine, output=output)
         settings = PerImageSettings(seed=self.seed)
         if self.fitted:
             beta = (self.record or {}).get("settings", {}).get("beta")
             settings = dataclasses.replace(settings, steps=int(refine), lr=REFINING_LR, beta=beta)
         maps = self._maps(x, target, additional_forward_args, settings, output, fitted=self.fitted)
         return (maps,) if echo else maps
+
+    def check_options(self, *, refine: int = 0, output: str = "bits") -> None:
+        """Refuse what `attribute` would refuse, before there are images.
+
+        Raises:
+            ValueError: `refine` or `output` is none that this object can serve.
+        """
+        if isinstance(refine, bool) or not hasattr(refine, "__index__") or refine < 0:
+            raise ValueError(f"refine must be an integer >= 0, got {refine!r}")
+        if refine and not self.fitted:
+            raise ValueError(f"refine starts from a fitted attention; call .fit(data) first, got refine={refine}")
+        check_output(output, self.gate, fitted=self.fitted and self.relevance)
+        if output == "relevance" and refine:
+            raise ValueError(f"refine moves the attention, and relevance does not depend on it; got {refine}")
 
     def attribute_per_image(
         self,
@@ -335,6 +357,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 fitted bottleneck, else smooth noise images.
             output: as in `attribute`.
         """
+        check_output(output, self.gate, fitted=False)
         return self._maps(inputs, target, None, settings, output, fitted=False, reference=reference)
 
     def information(self, inputs: Tensor) -> Tensor:
@@ -367,9 +390,10 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 self._settle(found)
             plan: list[tuple[Restriction, Observation, Layout, Tensor]] = []
 
-            def prepare(inputs: tuple[Any, ...]) -> None:
-                if not inputs:
-                    raise TypeError("call the restricted model with its images first, as model(x)")
+            def prepare(inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+                if not inputs or named:
+                    got = f"{len(inputs)} and by name {', '.join(named) or 'none'}"
+                    raise TypeError(f"call the restricted model with positional arguments, images first; got {got}")
                 args = HostArgs.of(tuple(inputs[1:]), len(inputs[0]))
                 plan[:] = [self._plan(host, inputs[0], target, args, attention)]
 
@@ -405,7 +429,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             ValueError: damaged, or fitted to another architecture or another shape of the layer.
 
         Warns:
-            UserWarning: same architecture, other weights.
+            UserWarning: same architecture, other weights; or a checkpoint of a fit that was not at its end.
         """
         with outside_inference_mode():
             tensors, config = read_folder(Path(path))
@@ -420,6 +444,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 f"{path} was fitted to a {fitted_to['architecture']} with other weights; fit again for bits that hold"
             )
             warn_user(told)
+        if isinstance(run := config.get("run"), dict):
+            steps = f"step {run.get('step')} of {run.get('settings', {}).get('steps')}"
+            warn_user(f"{path} is the checkpoint of a fit after {steps}; fit(..., checkpoint=, resume=True) goes on")
         options = {name: config[name] for name in OPTIONS}
         self = cls(model, config["layer"], **options)
         channels, height, width = config["input_size"]
@@ -432,7 +459,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 told = " ".join(str(error).split())
                 raise ValueError(f"{path} does not fit this model: {told}") from error
-        self.record = config.get("record")
+        self.record, self._fitted_to = config.get("record"), fitted_to
         return self
 
     @classmethod
@@ -454,7 +481,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         return "IB Attention"
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        config = {"format": FORMAT, "host": host_facts(self.host), "versions": versions(), "record": self.record}
+        config = {"format": FORMAT, "host": self._fitted_to, "versions": versions(), "record": self.record}
         config["classes"] = (self.record or {}).get("classes")
         if self._place is not None:
             config |= self._describe(self._place)
@@ -524,7 +551,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         gradient = self.reads == "gradient"
         restriction = Restriction(self.gate, found.moments, found.side)
         classes = None if gradient else class_rows(host, found.classes, self.seed)
-        torch.manual_seed(self.seed % 2**63)  # inside `frozen`, which puts the user's random state back
+        # Inside `frozen`, which puts the user's random state back; torch.manual_seed would seed all GPUs as well.
+        torch.default_generator.manual_seed(self.seed % 2**63)
         bottleneck = Bottleneck(
             restriction,
             found.deep,
@@ -579,14 +607,6 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         fitted: bool,
         reference: Tensor | None = None,
     ) -> Tensor:
-        if output not in OUTPUTS:
-            raise ValueError(f"unknown output {output!r}{did_you_mean(str(output), OUTPUTS)}")
-        if output == "bits" and not GATES.get(self.gate).measures_bits:
-            raise ValueError(f"the {self.gate!r} gate passes everything, so it has no bits; use output='attention'")
-        if output == "relevance" and not (fitted and self.relevance):
-            raise ValueError("relevance is learned in a fit: IBAttention(model, relevance=True).fit(data)")
-        if output == "relevance" and settings.steps:
-            raise ValueError(f"refine moves the attention, and relevance does not depend on it; got {settings.steps}")
         check_images(x, name="inputs", channels=input_size_of(self.host)[0], device=host_device(self.host))
         args = HostArgs.of(additional, len(x))
         with frozen(self.forward_func) as host, torch.no_grad():
@@ -641,6 +661,20 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                     raise ValueError(f"attention must be a number or {expected}, in [0, 1], got {got}")
                 value = value.expand(expected)
         return restriction, seen, place.site.layout, value
+
+
+def check_output(output: str, gate: str, *, fitted: bool) -> None:
+    """Refuse an output that a gate does not give; `fitted` with relevance, it gives that too.
+
+    Raises:
+        ValueError: no such gate or output (with the nearest names), or none that this gate gives.
+    """
+    if output not in OUTPUTS:
+        raise ValueError(f"unknown output {output!r}{did_you_mean(str(output), OUTPUTS)}")
+    if output == "bits" and not GATES.get(gate).measures_bits:
+        raise ValueError(f"the {gate!r} gate passes everything, so it has no bits; use output='attention'")
+    if output == "relevance" and not fitted:
+        raise ValueError("relevance is learned in a fit: IBAttention(model, relevance=True).fit(data)")
 
 
 def _finite(maps: Tensor) -> Tensor:

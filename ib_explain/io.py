@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ib_explain.hooks import unwrap
+from ib_explain.hosts import timm_config
 from ib_explain.layouts import Layout
 
-__all__ = ["FILES", "FORMAT", "data_config", "fingerprint", "host_facts", "layout_from_json", "read_folder", "versions"]
-__all__ += ["write_folder"]
+__all__ = ["CONFIG", "FILES", "FORMAT", "data_config", "fingerprint", "host_facts", "layout_from_json", "read_folder"]
+__all__ += ["versions", "write_folder"]
 
 FORMAT = 1
 WEIGHTS, CONFIG = "bottleneck.safetensors", "config.json"
@@ -100,11 +101,9 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
 def host_facts(model: nn.Module) -> dict[str, Any]:
     """What tells a host from another: class, timm's architecture name, classes, shape and weights fingerprints."""
     host = unwrap(model)
-    config = getattr(host, "pretrained_cfg", None) or {}
-    name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
     return {
         "class": type(host).__name__,
-        "architecture": name or type(host).__name__,
+        "architecture": timm_config(host).get("architecture") or type(host).__name__,
         "structure": _digest(f"{key}{tuple(t.shape)}" for key, t in _tensors(host).items()),
         "weights": fingerprint(host),
     }
@@ -154,8 +153,8 @@ def layout_from_json(stored: dict[str, Any]) -> Layout:
 
 def data_config(model: nn.Module) -> dict[str, Any] | None:
     """Mean and standard deviation with which the host's images are normalised, where its timm config tells them."""
-    config = getattr(unwrap(model), "pretrained_cfg", None)
-    if not isinstance(config, dict) or "mean" not in config:
+    config = timm_config(model)
+    if "mean" not in config:
         return None
     return {"mean": list(config["mean"]), "std": list(config["std"])}
 

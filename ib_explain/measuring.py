@@ -198,9 +198,13 @@ def _none(count: int, error: Exception) -> Outcome:
 def _problem(error: Exception) -> tuple[str, str]:
     """Status and reason of a cell. What says nothing about the method is raised again: lack of memory, a dead GPU."""
     broken = getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError)
-    no_memory = isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch's error on the CPU
+    no_memory = type(error) is RuntimeError and "allocate memory" in str(error)  # torch's error on the CPU
     if no_memory or isinstance(error, MemoryError | torch.cuda.OutOfMemoryError | broken):
         raise error
+    try:
+        told = str(error).strip()
+    except Exception as another:  # the error's own __str__ is the user's
+        told = f"(its text cannot be had: {type(another).__name__})"
     if isinstance(error, NotApplicable):
-        return "not_applicable", str(error) or "not applicable"
-    return "failed", f"{type(error).__name__}: {error}"
+        return "not_applicable", told or "not applicable"
+    return "failed", f"{type(error).__name__}: {told}"

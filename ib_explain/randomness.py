@@ -40,12 +40,18 @@ def uniform(generator: torch.Generator, *shape: int) -> Tensor:
 def seeded(seed: int) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's random numbers, and put their states back at the end."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - loaders use the old API
+    # torch.manual_seed would seed all GPUs, also those that are not in use yet, where nothing could be put back.
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
-        torch.manual_seed(seed % 2**63)
+        torch.default_generator.manual_seed(seed % 2**63)
+        if on_gpus:
+            torch.cuda.manual_seed_all(seed % 2**63)
         yield
     finally:
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])

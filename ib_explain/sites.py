@@ -7,7 +7,6 @@ is then measured (`ib_explain.cuts`).
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from ib_explain.cuts import CleanPass
 from ib_explain.facts import remembered
 from ib_explain.hooks import LayerError, find_module, module_name, unwrap
+from ib_explain.hosts import timm_config
 from ib_explain.layouts import Layout
 from ib_explain.stripes import find_layouts
 from ib_explain.survey import Candidate, Survey, survey
@@ -187,12 +187,11 @@ def deeper_sites(model: nn.Module, site: Site, args: tuple[Any, ...] = ()) -> li
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
     """(C, H, W) from the host's own data config (timm), else (3, 224, 224)."""
     host = unwrap(model)
-    config = getattr(host, "pretrained_cfg", None) or getattr(host, "default_cfg", None) or {}
-    read = config.get if isinstance(config, dict) else functools.partial(getattr, config)
-    size = read("input_size", None) or (3, 224, 224)
+    config = timm_config(host)
+    size = config.get("input_size") or (3, 224, 224)
     # timm keeps three channels in it when a model is made with in_chans=1. The first convolution knows better, unless
     # pixels were folded into channels before it (48 of them in TResNet).
-    first = read("first_conv", None)
+    first = config.get("first_conv")
     stem = dict(host.named_modules()).get(first) if isinstance(first, str) else None
     plain = isinstance(stem, nn.Conv2d) and stem.groups == 1 and stem.in_channels % size[0] != 0
     channels = stem.in_channels if isinstance(stem, nn.Conv2d) and plain else size[0]

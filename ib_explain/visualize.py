@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from ib_explain.checks import check_images, check_maps, check_positive_int
 from ib_explain.files import replace_file
+from ib_explain.hooks import unwrap
+from ib_explain.hosts import timm_data_config
 from ib_explain.maps import in_bits
 
 if TYPE_CHECKING:
@@ -344,11 +346,10 @@ def _cut(text: str, width: int) -> str:
 
 def _configured(model: nn.Module) -> tuple[Channels, Channels]:
     """Mean and std of a timm model; timm would answer with ImageNet's for any other, so those are refused."""
-    if not (getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)):
-        raise ValueError(f"{type(model).__name__} carries no timm configuration (pretrained_cfg); pass mean= and std=")
-    from timm.data import resolve_model_data_config
-
-    config = resolve_model_data_config(model)
+    config = timm_data_config(model)
+    if config is None:
+        name = type(unwrap(model)).__name__
+        raise ValueError(f"{name} carries no timm configuration (pretrained_cfg); pass mean= and std=")
     return config["mean"], config["std"]
 
 

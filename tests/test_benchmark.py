@@ -203,7 +203,22 @@ def test_the_host_and_all_random_numbers_are_handed_back(x):
     assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
 
 
+def test_the_gpus_random_numbers_are_left_alone_by_a_host_on_the_cpu(x, monkeypatch):
+    seeded, host = [], tiny()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    ibx.attribute(host, x, method="random", seed=7)
+    IBAttention(host).fit([x], steps=1, show_progress=False)
+    measure(host, [x], ["random"])
+    assert not seeded
+
+
 # Where it is kept
+
+
+def test_an_object_whose_layer_is_settled_by_its_first_use_goes_on(host, x, tmp_path):
+    ib = IBAttention(host)
+    boards = [measure(host, [x], {"ib": ib}, out=tmp_path / "run") for _ in range(2)]
+    assert [row.value for row in boards[0].rows] == [row.value for row in boards[1].rows]
 
 
 def test_another_version_of_a_function_or_object_is_another_method(host, x, tmp_path):

@@ -282,7 +282,8 @@ def test_images_of():
         ((torch.rand(2, 3, 4, 4), torch.tensor([1])), ValueError, r"must be 2 integers, one an image, got \(1,\)"),
         ((torch.rand(2, 3, 4, 4), ["a", "b"]), ValueError, "got list"),
         ((torch.rand(2, 3, 4, 4), [1.5, 2.5]), ValueError, r"got \(2,\) torch.float64"),
-        ((torch.rand(2, 3, 4, 4), torch.tensor([1, -1])), ValueError, ">= 0 or all missing, got 1 negative of 2"),
+        ((torch.rand(2, 3, 4, 4), torch.tensor([1, -1])), ValueError, r">= 0, or all -1 for none, got \[-1, 1\]"),
+        ((torch.rand(2, 3, 4, 4), torch.tensor([-3, -2])), ValueError, r"or all -1 for none, got \[-3, -2\]"),
         (torch.rand(3, 4, 4), ValueError, r"images must have shape \(B, C, H, W\), got \(3, 4, 4\)"),
     ],
 )

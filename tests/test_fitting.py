@@ -225,10 +225,24 @@ def test_a_checkpoint_of_another_run_is_refused_and_a_crash_between_renames_is_s
 
 
 def test_a_run_folder_that_is_no_checkpoint(tmp_path):
-    data, folder = batches(), tmp_path / "run"
-    fit(data, steps=4).save(folder)
+    data, folder, ib = batches(), tmp_path / "run", fit(batches(), steps=4)
+    ib.save(folder)
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match="holds a saved bottleneck; name another folder for checkpoints"):
+            fit(data, steps=4, checkpoint=folder, resume=resume)
+    assert IBAttention.load(folder, ib.host).record["settings"]["steps"] == 4
+    run = tmp_path / "whole"
+    fit(data, steps=4, every=2, checkpoint=run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "run"}))
     with pytest.raises(ValueError, match="is no checkpoint of a fit, or damaged: its config.json has no whole 'run'"):
-        fit(data, steps=4, checkpoint=folder, resume=True)
+        fit(data, steps=4, checkpoint=run, resume=True)
+
+
+def test_a_checkpoint_that_is_loaded_as_a_bottleneck_says_what_it_is(tmp_path):
+    host = fit(batches(), steps=4, every=2, checkpoint=tmp_path / "run").host
+    with pytest.warns(UserWarning, match="is the checkpoint of a fit after step 4 of 4"):
+        IBAttention.load(tmp_path / "run", host)
 
 
 @pytest.mark.parametrize("kind", ["fp16", "generator"])

@@ -126,8 +126,9 @@ class TestMaps:
     def test_another_size_is_probed_once(self, cnn):
         ib, host = cnn
         ran = []
-        ib.attribute(images(2, size=40))
         handle = host.register_forward_hook(lambda _m, inputs, _o: ran.append(len(inputs[0])))
+        ib.attribute(images(2, size=40))
+        ran.clear()
         ib.attribute(images(2, size=40))
         handle.remove()
         assert ran == [2]
@@ -427,7 +428,7 @@ class TestBadInput:
             cnn[0].attribute(None)
         with (
             cnn[0].restrict() as restricted,
-            pytest.raises(TypeError, match="the restricted model with its images first"),
+            pytest.raises(TypeError, match="with positional arguments, images first; got 0 and by name x"),
         ):
             restricted(x=images(2))
         with pytest.raises(TypeError, match=r"no option 'step'; did you mean 'steps'"):

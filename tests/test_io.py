@@ -50,6 +50,17 @@ def test_other_architecture_other_shape_other_weights(saved, tmp_path):
         IBAttention.load(path, tiny())
 
 
+def test_the_host_is_remembered_as_it_was_fitted_to(tmp_path):
+    host = tiny()
+    ib = IBAttention(host, "stages.1").fit([images(8)], steps=2, show_progress=False)
+    with torch.no_grad():
+        host.fc.weight.mul_(2)
+    for name in ("first", "second"):  # saved after the change; loaded into the changed host and saved again
+        ib.save(tmp_path / name)
+        with pytest.warns(UserWarning, match="with other weights"):
+            ib = IBAttention.load(tmp_path / name, host)
+
+
 def copy(path, target):
     import shutil
 

@@ -45,7 +45,7 @@ def test_against_the_loop_written_out() -> None:
     attention = br_npa_maps(features, 4, weigh=False)
     for image in range(3):
         vectors = [features[image, :, y, x] for y in range(4) for x in range(5)]
-        norms = [float(v.norm()) + 1e-5 for v in vectors]
+        norms = [float(v.norm()) + 1e-5 * float(features[image].max()) for v in vectors]
         left = list(norms)
         for rank in range(4):
             seed = left.index(max(left))
@@ -53,6 +53,15 @@ def test_against_the_loop_written_out() -> None:
             expected = torch.tensor(cosine) / sum(cosine)
             torch.testing.assert_close(attention[image, rank].flatten(), expected, rtol=1e-4, atol=1e-6)
             left = [a * (1 - s) for a, s in zip(left, cosine, strict=True)]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e-4, 1e4, 1e20])
+def test_scaled_features_give_scaled_maps(scale: float) -> None:
+    """Also those of an untrained host, or of one whose layer was rescaled."""
+    one, other = br_npa_parts(EXAMPLE, 3), br_npa_parts(EXAMPLE * scale, 3)
+    torch.testing.assert_close(other.attention, one.attention)
+    torch.testing.assert_close(other.norms / scale, one.norms)
+    torch.testing.assert_close(other.residuals / scale, one.residuals, rtol=1e-4, atol=1e-6)
 
 
 def test_degenerate_features_stay_finite() -> None:

@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import timm
 import torch
-from captum.attr import LayerGradientXActivation
+from captum.attr import IntegratedGradients, LayerGradientXActivation
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import ib_explain as ibx
+from ib_explain.contenders import contenders_of
 from ib_explain.hooks import frozen
 from ib_explain.maps import resize
 from ib_explain.methods import METHODS, NotApplicable, register_method
+from tests.models import images as pictures
+from tests.models import tiny
 
 HOSTS = ("test_resnet", "test_vit", "test_mambaout")
 SIZE = 64
@@ -208,7 +212,16 @@ def test_not_only_registered_methods_keep_the_promises() -> None:
     ("method", "options", "text"),
     [
         ("ib", {"beta": float("nan")}, "beta must be a finite number > 0, got nan"),
+        ("ib", {"output": "bit"}, "unknown output 'bit'; did you mean 'bits'"),
+        ("ib", {"gate": "foo"}, "unknown gate 'foo'"),
+        ("ib", {"output": "relevance"}, "relevance is learned in a fit"),
+        ("ib", {"reference": "x"}, "reference must be a torch.Tensor of shape"),
         ("iba", {"beta": -1}, "beta must be a finite number >= 0, got -1"),
+        ("iba", {"reference": 5}, "reference must be a torch.Tensor of shape"),
+        ("activation_energy", {"reference": torch.zeros(3)}, "reference must have shape"),
+        ("gradient_shap", {"baselines": 0.0}, "baselines must be a torch.Tensor of shape"),
+        ("occlusion", {"window": 4, "stride": 8}, "stride must be at most the window of 4 pixels"),
+        ("hires_cam", {"relu": "False"}, "relu must be True or False, got 'False'"),
         ("smooth_grad", {"noise": -1}, "noise must be a finite number >= 0, got -1"),
         ("gradient_shap", {"noise": "0.1"}, "noise must be a number >= 0, got '0.1'"),
         ("grad_cam", {"relu": "yes"}, "relu must be True or False, got 'yes'"),
@@ -223,6 +236,16 @@ def test_not_only_registered_methods_keep_the_promises() -> None:
 def test_bad_values(method: str, options: dict[str, Any], text: str) -> None:
     with pytest.raises((TypeError, ValueError), match=text):
         ibx.attribute(host_of("test_resnet"), images(), method=method, **options)
+    if "seed" not in options:  # which is the benchmark's own
+        with pytest.raises((TypeError, ValueError), match=text):
+            contenders_of([(method, options)], host_of("test_resnet"))
+
+
+@pytest.mark.parametrize("name", ["ib", "iba", "activation_energy", "grad_cam", "am"])
+def test_a_host_without_any_grid_is_no_failure(name: str) -> None:
+    host = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 5)).eval()
+    with pytest.raises(NotApplicable):
+        ibx.attribute(host, images(), method=name)
 
 
 @pytest.mark.parametrize("method", ["ib", "iba", "rise", "smooth_grad", "gradient_shap", "random", "br_npa"])
@@ -230,6 +253,21 @@ def test_bad_values(method: str, options: dict[str, Any], text: str) -> None:
 def test_any_integer_is_a_seed(method: str, seed: int) -> None:
     one, again = (maps(method, "test_resnet", images(), seed=seed) for _ in "12")
     assert torch.equal(one, again)
+
+
+def test_options_with_a_row_an_image_are_cut_with_the_images() -> None:
+    host, x, baselines = tiny(), pictures(5), pictures(5, seed=1)
+    options: dict[str, Any] = {"method": IntegratedGradients(host), "baselines": baselines, "n_steps": 4}
+    whole = ibx.attribute(host, x, target=1, **options)
+    assert_close(ibx.attribute(host, x, target=1, batch_size=2, **options), whole)
+    one = ibx.attribute(host, x[3:4], target=1, **options | {"baselines": baselines[3:4]})
+    assert_close(whole[3:4], one)
+
+
+def test_the_number_of_channels_is_told() -> None:
+    host = host_of("test_resnet")
+    with pytest.raises(ValueError, match="x must have 3 channels, got 1"):
+        ibx.attribute(host, images()[:, :1], method="grad_cam")
 
 
 def test_layer_methods_of_captums_give_coarse_maps_of_many_channels() -> None:

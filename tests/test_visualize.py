@@ -14,6 +14,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
+from ib_explain.data import preprocess
+from ib_explain.hosts import class_names
+from ib_explain.io import data_config
 from ib_explain.visualize import contact_sheet, denormalize, overlay, visualize
 
 
@@ -190,6 +193,23 @@ def test_mean_and_std_come_from_the_model_or_the_caller(x):
     torch.testing.assert_close(denormalize(x), x)
     # What the caller says counts more than the model.
     torch.testing.assert_close(denormalize((x - 0.5) / 0.25, model=model, mean=0.5, std=0.25), x)
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_tells_what_its_own_tells(x, wrap):
+    model = timm.create_model("test_resnet", num_classes=2)
+    model.pretrained_cfg["label_names"] = ["cat", "dog"]
+    assert torch.equal(denormalize(x - 0.5, model=wrap(model)), denormalize(x - 0.5, model=model))
+    assert preprocess(wrap(model)) == preprocess(model)
+    assert class_names(wrap(model)) == ["cat", "dog"]
+    assert data_config(wrap(model)) == data_config(model)
+
+
+def test_a_configuration_as_timm_once_kept_it(x):
+    model = torch.nn.Conv2d(3, 2, 3)
+    model.default_cfg = timm.models.PretrainedCfg(mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0), architecture="old")
+    assert preprocess(model).mean == (0.1, 0.2, 0.3)
+    assert data_config(model)["mean"] == [0.1, 0.2, 0.3]
 
 
 def test_grey_images_get_three_channels(x):

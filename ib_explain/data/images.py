@@ -170,12 +170,12 @@ def images_of(batch: Any, *, labelled: bool = True) -> tuple[Tensor, Tensor | No
     Args:
         batch: a tensor of images, or a tuple or list whose first element are the images and whose second, if there is
             one, are integer labels: a tensor, an array or a list (anything behind it is left alone). Labels that are
-            all negative mean that there are none, as in timm.
+            all -1 mean that there are none, as in timm.
         labelled: False leaves labels alone, whatever they are.
 
     Raises:
         TypeError: anything else, such as a dict.
-        ValueError: images of another shape, labels of another shape or type, or some but not all of them negative.
+        ValueError: images of another shape, labels of another shape or type, or negative ones (unless all are -1).
     """
     if isinstance(batch, Tensor):
         return check_images(batch, name="images"), None
@@ -192,9 +192,9 @@ def images_of(batch: Any, *, labelled: bool = True) -> tuple[Tensor, Tensor | No
     if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.dtype not in _INTEGERS:
         came = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"the batch's labels must be {len(images)} integers, one an image, got {came}")
-    missing = int((labels < 0).sum())
-    if missing and missing < len(labels):
-        raise ValueError(f"the batch's labels must be >= 0 or all missing, got {missing} negative of {len(labels)}")
+    missing = bool((labels == -1).all())
+    if not missing and bool((labels < 0).any()):
+        raise ValueError(f"the batch's labels must be >= 0, or all -1 for none, got {sorted(set(labels.tolist()))[:8]}")
     return images, None if missing else labels.long()
 
 

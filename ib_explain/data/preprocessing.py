@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ib_explain.checks import check_positive_int
+from ib_explain.hooks import unwrap
+from ib_explain.hosts import timm_data_config
 
 __all__ = ["CropMode", "Placement", "Preprocess", "preprocess"]
 
@@ -150,10 +152,8 @@ def preprocess(
         ValueError: no config and no size, mean and std; a value out of range.
     """
     config: dict[str, Any] = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
-    if getattr(model, "pretrained_cfg", None):
-        from timm.data import resolve_model_data_config
-
-        config = dict(resolve_model_data_config(model))
+    if (own := timm_data_config(model)) is not None:
+        config = own
         config["size"] = tuple(config.pop("input_size")[-2:])
     given = {
         "size": (size, size) if isinstance(size, int) else size,
@@ -166,9 +166,8 @@ def preprocess(
     config.update({key: value for key, value in given.items() if value is not None})
     missing = [key for key in ("size", "mean", "std") if key not in config]
     if missing:
-        raise ValueError(
-            f"{type(model).__name__} carries no preprocessing of timm's (pretrained_cfg); give {', '.join(missing)}"
-        )
+        name = type(unwrap(model)).__name__
+        raise ValueError(f"{name} carries no preprocessing of timm's (pretrained_cfg); give {', '.join(missing)}")
     result = Preprocess(
         size=(check_positive_int(config["size"][0], "size"), check_positive_int(config["size"][1], "size")),
         mean=tuple(float(value) for value in config["mean"]),

@@ -9,11 +9,13 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ib_explain.checks import check_images
 from ib_explain.hooks import run_host
 from ib_explain.registry import Registry
+from ib_explain.sites import Site, resolve_site
 from ib_explain.targets import Target, resolve_target
 
-__all__ = ["METHODS", "Call", "Method", "NotApplicable", "register_method"]
+__all__ = ["METHODS", "Call", "Method", "NotApplicable", "check_reference", "default_site", "register_method"]
 
 ROWS = 32  # of one forward pass where the user leaves it to the method
 
@@ -86,6 +88,25 @@ class Method(Protocol):
 
 
 METHODS: Registry[Callable[..., Any]] = Registry("method")
+
+
+def default_site(host: nn.Module, size: tuple[int, int, int]) -> Site:
+    """The site at the default layer of `ib`.
+
+    Raises:
+        NotApplicable: the host has none.
+    """
+    try:
+        return resolve_site(host, None, size)
+    except ValueError as error:
+        raise NotApplicable(str(error)) from error
+
+
+def check_reference(images: Any, name: str = "reference") -> None:
+    """Refuse what can be no reference images: None or a tensor (N, 3, H, W); their size is checked with the images'."""
+    if images is not None:
+        check_images(images, name=name)
+
 
 M = TypeVar("M", bound=Callable[..., Any])
 

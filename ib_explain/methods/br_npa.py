@@ -114,22 +114,23 @@ def br_npa_maps(features: Tensor, maps: int = 3, *, weigh: bool = True) -> Tenso
 def br_npa_parts(features: Tensor, maps: int = 3) -> Parts:
     """Group positions around seeds, the strongest first (section 3 of the paper).
 
-    Activity n_p = |f_p| + 1e-5. N times: the seed is the position with the most activity left (the first of equals);
-    s_p is the cosine to it, alpha = s / sum(s), and the activity left is multiplied by 1 - s. Negative cosines count
-    as 0, which changes nothing behind a ReLU: elsewhere opposite features would be promoted. Where less than 1e-4 of
-    the largest norm is left, the map is zero.
+    Activity n_p = |f_p| + 1e-5 of the image's largest value, so that scaled features give the same groups. N times: the
+    seed is the position with the most activity left (the first of equals); s_p is the cosine to it, alpha = s / sum(s),
+    and the activity left is multiplied by 1 - s. Negative cosines count as 0, which changes nothing behind a ReLU:
+    elsewhere opposite features would be promoted. Where less than 1e-4 of the largest norm is left, the map is zero.
     """
     check_positive_int(maps, "maps")
     batch, _, h, w = features.shape
     rows = features.float().flatten(2)  # (B, C, P)
+    largest = rows.abs().amax(dim=(1, 2))[:, None]  # (B, 1)
+    rows = rows / largest.where(largest > 0, 1)[:, None]
     plain = rows.norm(dim=1)
-    norms = torch.where(plain.amax(dim=1, keepdim=True) > torch.finfo(torch.float32).tiny, plain + EPS, 0)
+    norms = torch.where(largest > 0, plain + EPS, 0)
     divisor = plain + EPS
     left, least = norms, EXHAUSTED * norms.amax(dim=1)
     attention, residuals, seeds = [], [], []
     for _ in range(maps):
-        residual, seed = left.max(dim=1)
-        seed = left.argmax(dim=1)  # unlike max, argmax promises the first of equals
+        residual, seed = left.amax(dim=1), left.argmax(dim=1)  # the first of equals
         which = seed[:, None, None].expand(-1, rows.shape[1], 1)
         cosine = (rows * rows.gather(2, which)).sum(dim=1) / (divisor * divisor.gather(1, seed[:, None]))
         cosine = cosine.clamp_min(0)
@@ -141,7 +142,7 @@ def br_npa_parts(features: Tensor, maps: int = 3) -> Parts:
         left = left * (1 - cosine).clamp_min(0)
     return Parts(
         attention=torch.stack(attention, dim=1).reshape(batch, maps, h, w),
-        norms=norms.reshape(batch, 1, h, w),
-        residuals=torch.stack(residuals, dim=1),
+        norms=(norms * largest).reshape(batch, 1, h, w),
+        residuals=torch.stack(residuals, dim=1) * largest,
         seeds=torch.stack(seeds, dim=1),
     )

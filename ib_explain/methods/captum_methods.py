@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ib_explain.checks import check_images, check_number, check_positive_int
 from ib_explain.hooks import run_host
 from ib_explain.maps import resize
-from ib_explain.methods.base import Call, register_method
+from ib_explain.methods.base import Call, check_reference, register_method
 from ib_explain.methods.cam import glance
 from ib_explain.methods.captum_host import for_captum, inspect
 from ib_explain.methods.captum_rules import PROPAGATED, check_deep_lift, check_guided, check_lrp
@@ -145,6 +145,7 @@ class GradientShap:
     def __post_init__(self) -> None:
         check_positive_int(self.samples, "samples")
         check_number(self.noise, "noise", at_least=0)
+        check_reference(self.baselines, "baselines")
 
     def __call__(self, call: Call) -> Tensor:
         call.refuse_layer("gradient_shap")
@@ -259,6 +260,13 @@ class Occlusion:
         for name in ("window", "stride"):
             if getattr(self, name) is not None:
                 check_positive_int(getattr(self, name), name)
+        if self.window and self.stride:
+            self._check_stride(self.stride, self.window)
+
+    @staticmethod
+    def _check_stride(stride: int, window: int) -> None:
+        if stride > window:
+            raise ValueError(f"stride must be at most the window of {window} pixels, or pixels are left out: {stride}")
 
     def __call__(self, call: Call) -> Tensor:
         from captum.attr import Occlusion as Peer
@@ -266,8 +274,7 @@ class Occlusion:
         call.refuse_layer("occlusion")
         window = _tile(call, self.window)
         stride = self.stride or max(1, window // 2)
-        if stride > window:
-            raise ValueError(f"stride must be at most the window of {window} pixels, or pixels are left out: {stride}")
+        self._check_stride(stride, window)
         classes, channels = call.classes(), int(call.x.shape[1])
         with for_captum(call.model) as host:
             maps = Peer(_forward(host)).attribute(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ib_explain.checks import check_number
 from ib_explain.maps import resize
-from ib_explain.methods.base import Call, register_method
+from ib_explain.methods.base import Call, check_reference, default_site, register_method
 from ib_explain.methods.cam import grid_features
 from ib_explain.randomness import generator_of, uniform
 from ib_explain.reference import reference_statistics
@@ -100,8 +100,14 @@ class ActivationEnergy:
     unit: ClassVar[str] = "r^2"
     reference: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        check_reference(self.reference)
+
     def __call__(self, call: Call) -> Tensor:
-        site = resolve_site(call.model, call.layer, call.input_size)
+        if call.layer is None:
+            site = default_site(call.model, call.input_size)
+        else:
+            site = resolve_site(call.model, call.layer, call.input_size)
         known = reference_statistics(call.model, site, self.reference, per_element=False, rows=call.batch_size)
         normalised = (grid_features(call, site) - known.moments.mean) / known.moments.std
         return resize(normalised.square().sum(dim=1, keepdim=True), call.size)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ib_explain.checks import check_bool
 from ib_explain.maps import resize
 from ib_explain.methods.base import Call, register_method
 from ib_explain.methods.cam import glance
@@ -31,8 +32,7 @@ class GradCAM:
     relu: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.relu, bool):
-            raise TypeError(f"relu must be True or False, got {self.relu!r}")
+        check_bool(self.relu, "relu")
 
     def __call__(self, call: Call) -> Tensor:
         seen = glance(call)

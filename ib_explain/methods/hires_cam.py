@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ib_explain.checks import check_bool
 from ib_explain.maps import resize
 from ib_explain.methods.base import Call, register_method
 from ib_explain.methods.cam import glance
@@ -28,6 +29,9 @@ class HiResCAM:
     unit: ClassVar[str] = "gradient x feature"
     resolves_target: ClassVar[bool] = True
     relu: bool = True
+
+    def __post_init__(self) -> None:
+        check_bool(self.relu, "relu")
 
     def __call__(self, call: Call) -> Tensor:
         seen = glance(call)

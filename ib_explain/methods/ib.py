@@ -7,10 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ib_explain.checks import check_number, check_positive_int
-from ib_explain.ib import IBAttention
-from ib_explain.methods.base import Call, register_method
+from ib_explain.checks import check_images, check_number, check_positive_int
+from ib_explain.ib import IBAttention, check_output
+from ib_explain.methods.base import Call, check_reference, default_site, register_method
 from ib_explain.per_image import PerImageSettings
+from ib_explain.sites import input_size_of
 
 __all__ = ["PerImageIB"]
 
@@ -44,8 +45,13 @@ class PerImageIB:
         check_number(self.lr, "lr", above=0)
         if self.beta is not None:
             check_number(self.beta, "beta", above=0)
+        check_output(self.output, self.gate, fitted=False)
+        check_reference(self.reference)
 
     def __call__(self, call: Call) -> Tensor:
+        check_images(call.x, channels=input_size_of(call.model)[0], name="inputs")
+        if call.layer is None:
+            default_site(call.model, call.input_size)  # a host without one is no failure
         ib = IBAttention(call.model, call.layer, gate=self.gate, seed=call.seed)
         settings = PerImageSettings(self.steps, self.lr, self.beta, self.copies, call.seed)
         return ib.attribute_per_image(

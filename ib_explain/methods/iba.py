@@ -16,7 +16,7 @@ from ib_explain.facts import remembered
 from ib_explain.hooks import capture, frozen, run_host, unwrap
 from ib_explain.layouts import Layout, leaves
 from ib_explain.maps import resize
-from ib_explain.methods.base import Call, NotApplicable, register_method
+from ib_explain.methods.base import Call, NotApplicable, check_reference, default_site, register_method
 from ib_explain.observation import Observation, observe
 from ib_explain.randomness import generator_of, normal
 from ib_explain.reference import Reference, reference_statistics
@@ -65,6 +65,7 @@ class IBA:
         check_positive_int(self.copies, "copies")
         check_number(self.lr, "lr", above=0)
         check_number(self.beta, "beta", at_least=0)
+        check_reference(self.reference)
 
     def __call__(self, call: Call) -> Tensor:
         layer = iba_layer(call.model, call.input_size) if call.layer is None else call.layer
@@ -127,10 +128,7 @@ def iba_layer(model: nn.Module, input_size: tuple[int, int, int] | None = None) 
 
 
 def _nearest(host: nn.Module, size: tuple[int, int, int]) -> str:
-    try:
-        preferred = resolve_site(host, None, size)
-    except ValueError as error:
-        raise NotApplicable(str(error)) from error
+    preferred = default_site(host, size)
 
     def distance(grid: tuple[int, int]) -> float:
         return abs(math.log(math.sqrt(size[1] * size[2] / (grid[0] * grid[1])) / STRIDE))
