@@ -39,6 +39,9 @@ def resampled_means(values: np.ndarray, *, resamples: int | None = None, seed: i
     # Around their mean, equal values resample to exactly their mean, and large offsets cost no digits.
     with np.errstate(invalid="ignore"):  # inf - inf: an infinite mean has no interval
         centred = np.where(known, values - means, 0.0)
+    finite = np.where(np.isfinite(values), values, np.nan)
+    low, high = (bound(finite, axis=0, initial=start) for bound, start in ((np.nanmin, np.inf), (np.nanmax, -np.inf)))
+    rounding, bounded = 1e-12 * np.maximum(np.abs(low), np.abs(high)), (low <= high) & np.isfinite(means)
     step = max(1, 4_000_000 // max(images, 1))  # bounds the memory to some 100 MB
     parts = []
     for start in range(0, resamples, step):
@@ -47,7 +50,10 @@ def resampled_means(values: np.ndarray, *, resamples: int | None = None, seed: i
         weights = np.bincount(drawn.ravel(), minlength=size * images).reshape(size, images).astype(np.float64)
         counts = np.full((size, 1), float(images)) if known.all() else weights @ known.astype(np.float64)
         with np.errstate(invalid="ignore"):
-            parts.append(means + (weights @ centred) / np.where(counts > 0, counts, np.nan))
+            drawn_means = means + (weights @ centred) / np.where(counts > 0, counts, np.nan)
+            # A mean of zeros alone is zero, not 1e-17: signs are read from it. None lies outside of its values.
+            drawn_means = np.where(np.abs(drawn_means) <= rounding, 0.0, drawn_means)
+            parts.append(np.clip(drawn_means, low, high, out=drawn_means, where=bounded))
     return np.concatenate(parts)
 
 

@@ -165,7 +165,7 @@ def summarise(
         mean        mean_i v_i(m, k) over the n images where it is defined;    Q_b of the samples' means
         difference  mean_i (v_i(m, k) - v_i(ref, k)) over the images where both are;    Q_b of the same, so it is paired
         rank        1 + methods with a better mean + half of those with an equal one, each over the images on which both
-                    are defined (`bootstrap.pairwise_ranks`);    Q_b of the samples' ranks
+                    are finite (`bootstrap.pairwise_ranks`);    Q_b of the samples' ranks
         mean rank   the mean of a method's ranks over the metrics that count;    Q_b of the samples' mean ranks
 
     Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, sec. 6.2, 13.3.
@@ -213,14 +213,14 @@ def summarise(
 
     ranks, rank_samples = np.empty(shape), np.empty(parts[0].shape)
     for k, facts in enumerate(metrics):
-        better = facts.higher_is_better
-        known = ~np.isnan(values[:, :, k])
+        better, column = facts.higher_is_better, values[:, :, k]
+        known = np.isfinite(column)
         if (known | ~known.any(axis=0) == known.any(axis=1)[:, None]).all():  # on the same images for all that have any
-            ranks[:, k] = average_ranks(mean_without_nan(values[:, :, k]), higher_is_better=better)
+            ranks[:, k] = average_ranks(mean_without_nan(column), higher_is_better=better)
             rank_samples[:, :, k] = average_ranks(parts[0][:, :, k], higher_is_better=better)
         else:
             ranks[:, k], rank_samples[:, :, k] = pairwise_ranks(
-                values[:, :, k], higher_is_better=better, resamples=resamples, seed=seed
+                np.where(known, column, np.nan), higher_is_better=better, resamples=resamples, seed=seed
             )
     several = [k for k in range(len(metrics)) if (~np.isnan(ranks[:, k])).sum() > 1]
     counting = [k for k in several if metrics[k].counts] or [k for k in several if metrics[k].family != "cost"]

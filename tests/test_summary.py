@@ -300,6 +300,38 @@ def test_infinite_values_are_shown_not_hidden():
     assert summary.cells["b", "insertion"].low == 1.0
 
 
+@pytest.mark.parametrize(("images", "hits"), [(10, 3), (14, 3), (100, 3), (200, 3), (300, 2)])
+def test_a_difference_that_may_be_none_at_all_is_open(images, hits):
+    """A bootstrap sample without any of the few hits has the mean 0, not 1e-17: by its sign the gain would be sure."""
+    pointing = MetricFacts("pointing_game", "localisation", "hits", True)
+    rows = [
+        Row(i, f"{i}", method, pointing.name, float(method == "a" and i < hits))
+        for i in range(images)
+        for method in "ab"
+    ]
+    found = summarise(rows, [pointing], "b")
+    assert (1 - hits / images) ** images > 0.025
+    assert found.differences["a", pointing.name].low == 0
+    assert found.cells["a", pointing.name].low == found.cells["b", pointing.name].low == 0
+    assert (found.ranks["a", pointing.name].low, found.ranks["a", pointing.name].high) == (1, 1.5)
+
+
+def test_no_resampled_mean_lies_outside_of_its_values():
+    values = np.random.default_rng(0).choice([0.1, 0.3], (20, 50))
+    values[:, 0] = 0.1
+    means = resampled_means(values, resamples=500)
+    assert (means >= values.min(axis=0)).all() and (means <= values.max(axis=0)).all()
+
+
+def test_a_mean_rank_lies_in_its_interval_where_a_metric_is_infinite():
+    metrics = [MetricFacts(name, "perturbation", "u", True) for name in ("plain", "endless")]
+    values = np.random.default_rng(0).normal(size=(2, 30))
+    rows = [Row(i, f"{i}", m, "plain", values[k, i]) for k, m in enumerate("ab") for i in range(30)]
+    rows += [Row(i, f"{i}", m, "endless", math.inf) for m in "ab" for i in range(30)]
+    for rank in summarise(rows, metrics).mean_ranks.values():
+        assert rank.low <= rank.mean <= rank.high
+
+
 def test_order_of_rows_changes_nothing():
     rng = np.random.default_rng(12)
     values = {key: rng.normal(size=40) for key in itertools.product("abc", ("insertion", "deletion"))}
