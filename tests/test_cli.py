@@ -282,6 +282,32 @@ def test_attribute_does_not_read_its_own_pictures(host, pictures, tmp_path):
     assert not (folder / "maps" / "maps").exists()
 
 
+def test_attribute_never_writes_over_the_images_themselves(host, pictures, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    shutil.copytree(pictures / "train" / "a", folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    words = ["attribute", *host, str(folder), "--method", "grad_cam", "--out", str(folder), "--workers", "0"]
+    told = fails(capsys, *words, "--overwrite")
+    assert "0.png is one of the images, and its map would be written over it; name another --out" in told
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_attribute_among_raw_files_of_others(host, pictures, tmp_path):
+    """Pickled arrays, arrays of the image's own name, and files that are no archives."""
+    out, image = tmp_path / "maps", str(pictures / "train" / "a" / "0.png")
+    words = ["attribute", *host, image, "--method", "grad_cam", "--out", str(out), "--workers", "0"]
+    out.mkdir()
+    np.savez(out / "0.npz", digest=np.zeros(3))
+    (out / "0.png").write_bytes(b"")
+    assert main([*words, "--overwrite"]) == 0
+    np.savez(out / "pickled.npz", map=np.array([{}], dtype=object))
+    (out / "text.npz").write_text("no archive")
+    assert main([*words, "--overwrite", "--target", "3"]) == 0
+    with np.load(out / "0.npz") as raw:
+        assert raw["target"] == 3
+    assert (out / "pickled.npz").is_file() and (out / "text.npz").is_file()
+
+
 def test_attribute_leaves_a_folder_of_other_things_alone(host, pictures, capsys):
     line = fails(capsys, "attribute", *host, pictures / "train" / "a" / "0.png", "--out", pictures)
     assert "holds other files" in line

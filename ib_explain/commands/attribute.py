@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     folders = class_folders(pictures) or ((fitted.record or {}).get("class_folders") if fitted else None)
     classes = class_names(host, imagenet=has_timm_weights(args), folders=folders)
     names, paths = plan_names(below), [path for path, _ in below]
+    folder.check_inputs(names, paths)
     reader = _Reader(pictures, paths, preprocess_for(host, size))
     done = {i for i, name in enumerate(names) if folder.holds(name, functools.partial(_digest, paths[i]))}
     todo = [i for i in range(len(names)) if i not in done]

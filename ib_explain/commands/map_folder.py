@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,8 +60,20 @@ class MapFolder:
         """Whether this image is done: there may be the map of another one of that name, with another digest."""
         if self._replaces:
             return False
-        there = self._raw(name).is_file() and self._picture(name).is_file()
+        there = self._picture(name).is_file() and _is_ours(self._raw(name))
         return there and self.read(name)[0].get("digest") == digest()
+
+    def check_inputs(self, names: Iterable[str], images: Iterable[Path]) -> None:
+        """Make sure that no picture would be written over an image that is explained, whatever `overwrite` says.
+
+        Raises:
+            ValueError: one would.
+        """
+        explained = {image.resolve() for image in images}
+        for name in names:
+            if self._picture(name).resolve() in explained:
+                told = f"{self._picture(name)} is one of the images, and its map would be written over it"
+                raise ValueError(f"{told}; name another --out")
 
     def add(self, name: str, heat: Tensor, facts: dict[str, Any], figure: Figure) -> None:
         """Write one image's picture and its raw map (1, H, W); with the first one, what made them."""
@@ -111,13 +124,20 @@ class MapFolder:
     def _remove_maps(self) -> None:
         """Remove the pairs of picture and raw map, the table and the sheet; other files stay."""
         for raw in self.path.rglob("*.npz"):
-            with np.load(raw) as held:
-                ours = set(held.files) >= {"map", "image", "digest", "unit", "target"}
-            if ours:
+            if _is_ours(raw):
                 raw.with_suffix(".png").unlink(missing_ok=True)
                 raw.unlink()
         for made in (RUN, TABLE, SHEET):
             (self.path / made).unlink(missing_ok=True)
+
+
+def _is_ours(raw: Path) -> bool:
+    """Whether a file is a raw map that this command wrote."""
+    try:
+        with np.load(raw) as held:
+            return set(held.files) >= {"map", "image", "digest", "unit", "target"}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile):  # none, another's array, or damaged
+        return False
 
 
 def plan_names(sources: Sequence[tuple[Path, Path]]) -> list[str]:
