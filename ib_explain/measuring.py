@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +65,7 @@ class Measure:
         self.host, self.contenders, self.metrics = host, contenders, metrics
         self.by_label, self.classes = by_label, classes
         self.layer, self.batch_size, self.seed = layer, batch_size, seed
+        self._kept: dict[Hashable, Any] = {}
         self._everyone: Tensor | None = None
         if fixations is not None:
             self._everyone = torch.cat(list(fixations))
@@ -116,9 +117,11 @@ class Measure:
         small = Case(self.host, x[first], maps[first], target[first], explain, batch_size=self.batch_size)
         found = {}
         for metric in metrics:
-            count = _measured(metric, len(x))
+            count, given = _measured(metric, len(x)), small if metric.family == "cost" else case
+            if not metric.score.__module__.startswith("ib_explain."):  # a user's may write into its maps
+                given = given.with_maps(maps[: len(given.probe.x)].clone(), explain)
             try:
-                values = metric(small if metric.family == "cost" else case)
+                values = metric(given)
                 if tuple(values.shape) != (count,):
                     raise ValueError(f"metric {metric.name!r} must return {count} scores, got {tuple(values.shape)}")
                 curve = CURVES[metric.name](case) if metric.name in CURVES else None
@@ -152,6 +155,7 @@ class Measure:
             baseline=centred_gaussian((x.shape[2], x.shape[3]), device=x.device),
             seed=self.seed,
             batch_size=self.batch_size,
+            kept=self._kept,
         )
 
     def _check_labels(self, batch: ImageBatch) -> None:

@@ -5,7 +5,7 @@ To add one: a function from a `Case` to scores (B,), NaN where undefined, under 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -69,6 +69,8 @@ class Case:
     seed: int = 0
     batch_size: int | None = None
     """Images in one forward pass, see `Probe`."""
+    kept: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What the batches of a run share, see `keep`."""
     _memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -98,6 +100,12 @@ class Case:
         if key not in self._memo:
             self._memo[key] = function(self.probe, self.maps, **settings)
         return self._memo[key]
+
+    def keep(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gave when a case of this run first asked for it; for what no image and no map enters."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_positive_int, did_you_mean
-from ib_explain.hooks import frozen, outside_inference_mode, run_host
+from ib_explain.hooks import outside_inference_mode
 from ib_explain.metrics.base import Case, register_metric
 from ib_explain.metrics.probe import Probe
 from ib_explain.metrics.sanity import Explain, explained
@@ -141,15 +141,13 @@ def _consistency(
 ) -> Consistency:
     before = probe.check_maps(maps)
     draws = check_positive_int(draws, "draws") if modification == "patch" else 1
-    logits = _logits(probe, probe.x)
-    truth = None if labels is None else resolve_target(labels, logits)
+    truth = None if labels is None else resolve_target(labels, probe.logits)
     cosine = before.new_full((draws, len(before)), torch.nan)
     kept = torch.zeros_like(cosine, dtype=torch.bool)
     correct = torch.full_like(cosine, torch.nan)
     for draw in range(draws):
-        images, window = modified_images(probe.x, modification, strength=strength, draw=draw, seed=seed)
-        predicted = _logits(probe, images).argmax(dim=1)
-        kept[draw] = predicted == logits.argmax(dim=1)
+        images, window, predicted = _modified(probe, modification, strength, draw, seed)
+        kept[draw] = predicted == probe.logits.argmax(dim=1)
         if truth is not None:
             correct[draw] = (predicted == truth).float()
         if same := kept[draw].nonzero()[:, 0].tolist():
@@ -158,9 +156,16 @@ def _consistency(
     return Consistency(cosine, kept, correct)
 
 
-def _logits(probe: Probe, images: Tensor) -> Tensor:
-    with frozen(probe.model) as host, torch.no_grad():
-        return torch.cat([run_host(host, part).float() for part in images.split(probe.batch_size)])
+def _modified(
+    probe: Probe, modification: str, strength: float | None, draw: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`modified_images` and what the host says of them, once for all maps."""
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        images, window = modified_images(probe.x, modification, strength=strength, draw=draw, seed=seed)
+        return images, window, probe.predicted(images)
+
+    return probe.once(("modified", modification, strength, draw, seed), make)
 
 
 def _centred_cosine(first: Tensor, second: Tensor) -> Tensor:

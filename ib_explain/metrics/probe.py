@@ -36,6 +36,7 @@ class Probe:
 
     Attributes:
         target: (B,) int64, the classes that were resolved.
+        logits: (B, K) float32, of the intact images.
     """
 
     def __init__(self, model: nn.Module, x: Tensor, target: Target = None, *, batch_size: int | None = None) -> None:
@@ -44,13 +45,18 @@ class Probe:
         self.batch_size = max(len(x), 32) if batch_size is None else check_positive_int(batch_size, "batch_size")
         self._known: dict[Hashable, Any] = {}
         with frozen(model) as host, torch.no_grad():
-            logits = torch.cat([run_host(host, images).float() for images in self.x.split(self.batch_size)])
-        self.target = resolve_target(target, logits)
-        self._intact = _both(logits, self.target)
+            self.logits = torch.cat([run_host(host, images).float() for images in self.x.split(self.batch_size)])
+        self.target = resolve_target(target, self.logits)
+        self._intact = _both(self.logits, self.target)
 
     def check_maps(self, maps: Tensor | None) -> Tensor:
         """Return maps of these images as (B, H, W) float32 on their device, or raise as `checks.check_maps` does."""
         return check_maps(maps, size=(self.x.shape[2], self.x.shape[3]), batch=len(self.x)).to(self.x.device)
+
+    def predicted(self, images: Tensor) -> Tensor:
+        """The host's top-1 of other images, (b,) int64."""
+        with frozen(self.model) as host, torch.no_grad():
+            return torch.cat([run_host(host, part).argmax(dim=1) for part in images.split(self.batch_size)])
 
     def intact(self, score: str = "probability") -> Tensor:
         """Scores of the images as they are, (B,) float32."""

@@ -273,13 +273,11 @@ def _target_sensitivity(
 
 
 def _other_classes(probe: Probe, other: Target) -> Tensor:
-    with frozen(probe.model) as host, torch.no_grad():
-        logits = torch.cat([run_host(host, images).float() for images in probe.x.split(probe.batch_size)])
-    if logits.shape[1] < 2:
+    if probe.logits.shape[1] < 2:
         raise ValueError("target sensitivity needs a model of two or more classes, got 1")
     if other is None:
-        return logits.scatter(1, probe.target[:, None], -torch.inf).argmax(dim=1)
-    classes = resolve_target(other, logits)
+        return probe.logits.scatter(1, probe.target[:, None], -torch.inf).argmax(dim=1)
+    classes = resolve_target(other, probe.logits)
     if same := int((classes == probe.target).sum()):
         raise ValueError(f"other must differ from target in every image, got the same class in {same}")
     return classes
@@ -335,10 +333,14 @@ def _draw_again(module: nn.Module, seed: int) -> None:
             parameter.copy_(parameter.flatten()[order].view_as(parameter))
 
 
-def _model_randomisation(probe: Probe, maps: Tensor | None, explain: Explain, seed: int) -> Tensor:
-    intact = probe.check_maps(maps)
-    twin = _twin(probe.model)
+def _randomised_twin(model: nn.Module, seed: int) -> nn.Module:
+    twin = _twin(model)
     _randomise(twin, ["", *(name for name, _ in twin.named_children())], seed)
+    return twin
+
+
+def _model_randomisation(probe: Probe, maps: Tensor | None, explain: Explain, twin: nn.Module) -> Tensor:
+    intact = probe.check_maps(maps)
     return rank_correlation(intact, explained(explain, twin, probe.x, probe.target, probe.batch_size, finite=False))
 
 
@@ -353,7 +355,9 @@ def _model_randomisation_score(case: Case) -> Tensor:
     """Model randomisation: rank correlation with the map of the host with all weights drawn anew; 0 is unrelated."""
     # Signed: the absolute value of two unrelated maps grows with their coarseness, 0.01 at 64 pixels, 0.2 on a 4 x 4
     # grid, and would favour methods with fine maps. The mean of the signed one is 0 for all of them.
-    return case.once(_model_randomisation, explain=case.explain, seed=case.seed)
+    # One for all methods and batches: what is found out about it, such as its layers, is found once.
+    twin = case.keep(("randomised", case.seed), lambda: _randomised_twin(case.probe.model, case.seed))
+    return case.once(_model_randomisation, explain=case.explain, twin=twin)
 
 
 @register_metric(
