@@ -17,6 +17,7 @@ from ib_explain.data.synthetic import Synthetic, demo_host
 from ib_explain.ib import IBAttention
 from ib_explain.objective import PRICE
 from tests.models import CLASSES, images, tiny
+from tests.test_per_image import planted
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -392,3 +393,14 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, change, told):
     save_file(tensors, folder / "optimiser.safetensors")
     with pytest.raises(ValueError, match=told):
         fit(data, steps=4, checkpoint=folder, resume=True)
+
+
+@pytest.mark.parametrize("reads", ["gradient", "features"])
+def test_dear_places_are_learned_to_pass_less(monkeypatch, reads):
+    def share_on_the_left():
+        maps = fit(batches(), steps=30, reads=reads, beta=3.0).attribute(images(8, seed=9), output="attention")
+        return float(maps[..., :12].sum() / maps.sum())
+
+    even = share_on_the_left()
+    monkeypatch.setattr("ib_explain.training.location_price", planted)
+    assert share_on_the_left() < 0.9 * even

@@ -13,6 +13,7 @@ from captum.metrics import infidelity, sensitivity_max
 
 import ib_explain as ibx
 from ib_explain.ib import IBAttention
+from ib_explain.maps import resize, spread, without_lattice
 from ib_explain.objective import location_price, rate
 from ib_explain.per_image import REFINING_LR, PerImageSettings
 from tests.models import images, tiny
@@ -70,6 +71,17 @@ class TestMaps:
             grid = ib.bottleneck.restriction.bits(seen, ib.bottleneck.attend(seen).value)
         torch.testing.assert_close(ib.information(x), grid.sum(dim=(1, 2, 3)).detach(), rtol=1e-4, atol=1e-3)
 
+    @pytest.mark.parametrize(("kind", "strides_on"), [("cnn", True), ("vit", False)])
+    def test_the_lattice_of_strides_behind_the_site_is_no_part_of_the_map(self, kind, strides_on):
+        ib, host = fitted(kind)
+        x = images(2, seed=9)
+        with ibx_frozen(host), torch.no_grad():
+            seen, place = ib._observe(host, x, None, (), read=True, gradient=True)
+            bits = ib.bottleneck.restriction.bits(seen, ib.bottleneck.attend(seen).value)
+        assert place.strided == strides_on
+        expected = spread(without_lattice(bits) if strides_on else bits, (24, 24))
+        torch.testing.assert_close(ib.attribute(x), expected)
+
     def test_many_images_at_once_are_as_one_by_one(self, pair):
         ib, host = pair
         x = images(4, seed=9)
@@ -111,6 +123,13 @@ class TestMaps:
             return float(kept + beta * cost)
 
         assert loss(20) < loss(0)
+
+    def test_refining_takes_the_fits_own_beta_and_small_steps(self, cnn):
+        ib, host = cnn
+        x = images(3, seed=9)
+        assert ib.record["settings"]["beta"] == 0.01
+        expected = resize(grid_attention(ib, host, x, 3, beta=0.01), (24, 24))
+        torch.testing.assert_close(ib.attribute(x, refine=3, output="attention"), expected)
 
     def test_same_seed_same_map_and_global_random_state_untouched(self, cnn):
         _, host = cnn
@@ -159,13 +178,13 @@ def ibx_frozen(host):
     return frozen(host)
 
 
-def grid_attention(ib, host, x, refine):
+def grid_attention(ib, host, x, refine, beta=None):
     from ib_explain.per_image import optimise
 
     with ibx_frozen(host), torch.no_grad():
         seen, place = ib._observe(host, x, None, (), read=True, gradient=True)
         start = ib.bottleneck.attend(seen).value
-        settings = PerImageSettings(steps=refine, lr=REFINING_LR, seed=ib.seed)
+        settings = PerImageSettings(steps=refine, lr=REFINING_LR, beta=beta, seed=ib.seed)
         return optimise(ib.bottleneck.restriction, seen, place.site.layout, settings, start)
 
 

@@ -110,3 +110,21 @@ def test_zero_steps_return_the_start():
     host, x, restriction = setting()
     start = torch.rand(3, 1, *GRID)
     assert torch.equal(ours(host, x, restriction, PerImageSettings(steps=0), start), start)
+
+
+def planted(seen):
+    """Places on the left cost twenty times those on the right."""
+    price = torch.ones(len(seen.features), 1, *seen.features.shape[-2:])
+    price[..., : price.shape[-1] // 2] = 20.0
+    return price / price.mean()
+
+
+def test_dear_places_pass_less(monkeypatch):
+    host, x, restriction = setting()
+    settings = PerImageSettings(steps=20, beta=30.0)
+    even = ours(host, x, restriction, settings)
+    monkeypatch.setattr("ib_explain.per_image.location_price", planted)
+    priced = ours(host, x, restriction, settings)
+    left = slice(0, GRID[1] // 2)
+    shares = [maps[..., left].sum() / maps.sum() for maps in (even, priced)]
+    assert shares[1] < 0.8 * shares[0]
