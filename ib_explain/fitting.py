@@ -6,7 +6,6 @@ What a step does is in `ib_explain.training`.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -157,7 +156,6 @@ def train(
     trainer = Trainer(bottleneck, host, place, data.share, settings, accelerator)
     if state is not None:
         trainer.load(state)
-    started = time.monotonic()
     record: dict[str, Any] = {"settings": asdict(settings), "processes": data.share.world}
     label = f"fit {place.site.name}"
     shown = show_progress and data.share.rank == 0
@@ -175,7 +173,7 @@ def train(
     record |= {f"final_{name}": value for name, value in trainer.figures.items()}
     record["classes"] = trainer.classes
     record["grid_alone"] = trainer.grid_alone
-    record["seconds"] = round(trainer.seconds_before + time.monotonic() - started, 2)
+    record["seconds"] = round(trainer.seconds, 2)
     record["images"] = trainer.images
     record["history"] = trainer.history
     return record

@@ -147,6 +147,7 @@ def layout_from_json(stored: dict[str, Any]) -> Layout:
             "axes": tuple(stored["axes"]),
             "grid": tuple(stored["grid"]),
             "order": None if order is None else tuple(order),
+            "others": tuple(tuple(path) for path in stored["others"]),
         }
     )
 

@@ -51,9 +51,6 @@ class Layout:
     verified: str
     others: tuple[tuple[int | str, ...], ...] = ()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "others", tuple(tuple(path) for path in self.others))  # lists, out of a config file
-
     @property
     def has_side(self) -> bool:
         """Whether anything stands beside the grid that could carry the image around it."""

@@ -198,13 +198,17 @@ def _plain_readings(reader: Reader, input_size: tuple[int, int, int]) -> Iterato
         sizes = [reader.shape[a - 1] for a in axes]
         if len(axes) == 2:
             if _fits((sizes[0], sizes[1]), input_size):
-                yield _score(reader, axes, (sizes[0], sizes[1]), 0, 0, None, rank=0 if axes[0] < axes[1] else 60)
+                rank = 0 if axes[0] < axes[1] else 60
+                yield _score(reader, axes, reader.positions(axes), (sizes[0], sizes[1]), rank=rank)
             continue
+        measured = None
         for prefix, suffix in [(p, 0) for p in range(MOST_PREFIX_TOKENS + 1)] + [(0, 1), (0, 2)]:
             for grid in _factorisations(sizes[0] - prefix - suffix, input_size):
                 if prefix + suffix and math.prod(grid) < FEWEST_POSITIONS:
                     continue
-                reading = _score(reader, axes, grid, prefix, suffix, None, rank=20 + prefix + 17 * suffix)
+                measured = reader.positions(axes) if measured is None else measured
+                rank = 20 + prefix + 17 * suffix
+                reading = _score(reader, axes, measured, grid, prefix=prefix, suffix=suffix, rank=rank)
                 if len(reader.shape) < 3 or reading.score >= 0.9:  # a leaf with three axes has two for a real map
                     yield reading
 
@@ -212,14 +216,14 @@ def _plain_readings(reader: Reader, input_size: tuple[int, int, int]) -> Iterato
 def _score(
     reader: Reader,
     axes: tuple[int, ...],
+    measured: Tensor,
     grid: tuple[int, int],
-    prefix: int,
-    suffix: int,
-    order: tuple[int, ...] | None,
     *,
     rank: int,
+    prefix: int = 0,
+    suffix: int = 0,
+    order: tuple[int, ...] | None = None,
 ) -> _Reading:
-    measured = reader.positions(axes)
     measured = measured[:, prefix : measured.shape[1] - suffix]
     if order is not None:
         measured = measured[:, list(order)]
@@ -271,7 +275,7 @@ def _scrambled_readings(reader: Reader, input_size: tuple[int, int, int]) -> Ite
             order = torch.argsort(raster[0] * grid[1] + raster[1])
             if torch.equal(order, torch.arange(count, device="cpu")) and len(axes) == 1 and len(reader.shape) < 3:
                 continue  # plain raster order: already tried
-            yield _score(reader, axes, grid, 0, 0, tuple(order.tolist()), rank=40)
+            yield _score(reader, axes, measured, grid, order=tuple(order.tolist()), rank=40)
 
 
 def _digit_orders(sizes: list[int]) -> Iterator[list[int]]:

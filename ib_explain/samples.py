@@ -108,7 +108,7 @@ def truths_of(parts: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
 
 
 def join(parts: Sequence[ImageBatch]) -> ImageBatch:
-    """One batch, numbered 0, of the images of several and all that belongs to them."""
+    """One batch, numbered 0, of the pixels, labels and names of several; ground truth is left out."""
 
     def all_of(name: str) -> Any:
         values = [getattr(part, name) for part in parts]

@@ -107,13 +107,17 @@ class Trainer:
             torch.autocast, device.type, PRECISIONS[settings.precision], enabled=settings.precision != "fp32"
         )
         self.peaks = [float(group["lr"]) for group in self.optimiser.param_groups]
-        self.step_number, self.images, self.seconds_before = 0, 0, 0.0
-        self.updates = 0
+        self.step_number, self.images = 0, 0
         self.closed: Tensor | None = None  # what the host says with nothing let through: running mean of p, (1, K)
         self.grid_alone = 1.0  # share of the answers that the intact grid keeps with all beside it held: running mean
         self.figures: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
-        self.started = time.monotonic()
+        self._seconds_before, self._started = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the fit began, the time between an interruption and its continuation left out."""
+        return self._seconds_before + time.monotonic() - self._started
 
     @property
     def classes(self) -> int | None:
@@ -138,8 +142,8 @@ class Trainer:
         if self.step_number % LOOK_AGAIN == 0:
             self._look_at_both_ends(seen, first)
         terms = self._terms(seen)
-        for noise in later:
-            self._update(seen, terms, noise)
+        for part, noise in enumerate(later):
+            self._update(seen, terms, noise, self.step_number * UPDATES + part)
         self.step_number += 1
         self.images += len(x) * self.share.world
         if self.step_number % 10 == 1:
@@ -163,7 +167,8 @@ class Trainer:
             intact=F.cross_entropy(seen.logits.float(), seen.target, reduction="none"),
         )
 
-    def _update(self, seen: Observation, terms: _Terms, noise: _BatchNoise) -> None:
+    def _update(self, seen: Observation, terms: _Terms, noise: _BatchNoise, number: int) -> None:
+        """Step `number` of the optimiser."""
         bottleneck = self.bottleneck
         with self.autocast():
             attention = bottleneck.attend(seen, noise.normal((1, *self.place.site.grid)))
@@ -175,14 +180,13 @@ class Trainer:
         passed = bottleneck.restriction.bits(seen, attention.value)  # (B, 1, h, w)
         cost = rate(passed, terms.price, seen.features.shape[1])  # (B,)
         loss = (terms.worth * (kept + terms.beta * cost)).mean() + attention.loss
-        error = loss.new_zeros(()) if bottleneck.relevance is None else self._relevance_error(seen, noise)
-        self._schedule()
+        error = loss.new_zeros(()) if bottleneck.relevance is None else self._relevance_error(seen, noise, number)
+        self._schedule(number)
         self.optimiser.zero_grad()
         self.scaler.scale(loss + error).backward()
         self._join_gradients()
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        self.updates += 1
         # Agreement is asked of the top-1's own attention: another class's keeps evidence against the top-1.
         top = seen.logits.argmax(1)
         asked, agreed = seen.target == top, logits.argmax(1) == top
@@ -204,7 +208,7 @@ class Trainer:
         run = {
             "step": self.step_number,
             "images": self.images,
-            "seconds": self.seconds_before + time.monotonic() - self.started,
+            "seconds": self.seconds,
             "grid_alone": self.grid_alone,
             "figures": self.figures,
             "history": self.history,
@@ -236,8 +240,7 @@ class Trainer:
             optimiser["state"].setdefault(int(index), {})[key] = value
         self.optimiser.load_state_dict(optimiser)
         self.scaler.load_state_dict(run["scaler"])
-        self.step_number, self.images, self.seconds_before = run["step"], run["images"], run["seconds"]
-        self.updates = UPDATES * self.step_number
+        self.step_number, self.images, self._seconds_before = run["step"], run["images"], run["seconds"]
         self.grid_alone, self.figures, self.history = run["grid_alone"], run["figures"], run["history"]
 
     def _targets(self, labels: Tensor | None, noise: _BatchNoise) -> Callable[[Tensor], Tensor] | Tensor:
@@ -247,11 +250,10 @@ class Trainer:
             return labels
         return lambda logits: noise.draw(logits.float().softmax(dim=1))
 
-    def _schedule(self) -> None:
+    def _schedule(self, number: int) -> None:
         total = UPDATES * self.settings.steps
         warmup = min(20, total // 10 + 1)
-        progress = self.updates / total
-        factor = min(1.0, (self.updates + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
+        factor = min(1.0, (number + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * number / total))
         for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
             group["lr"] = peak * max(factor, 1e-3)
 
@@ -282,7 +284,7 @@ class Trainer:
             looks = self.step_number // LOOK_AGAIN
             self.grid_alone = (self.grid_alone * looks + share) / (looks + 1)
 
-    def _relevance_error(self, seen: Observation, noise: _BatchNoise) -> Tensor:
+    def _relevance_error(self, seen: Observation, noise: _BatchNoise, number: int) -> Tensor:
         """Of a random set of positions in each image, and of all others: see `regression_loss`."""
         bottleneck, layout = self.bottleneck, self.place.site.layout
         chosen = coalitions(noise.uniform(), noise.normal((1, *self.place.site.grid)))
@@ -295,9 +297,9 @@ class Trainer:
         nothing = said(torch.zeros_like(chosen))
         closed, typical = bottleneck.get_buffer("closed"), bottleneck.get_buffer("typical_bits")
         now = self._mean_over_processes(nothing.log_softmax(dim=1).mean(dim=0, keepdim=True))
-        closed.lerp_(now, 1 / (self.updates + 1))  # the mean of all steps
+        closed.lerp_(now, 1 / (number + 1))  # the mean of all steps
         total = label_information(seen.logits, closed, seen.target).abs().mean()
-        typical.lerp_(self._mean_over_processes(total), 1 / (self.updates + 1)).clamp_min_(LEAST_TYPICAL_BITS)
+        typical.lerp_(self._mean_over_processes(total), 1 / (number + 1)).clamp_min_(LEAST_TYPICAL_BITS)
         by_chance = label_information(nothing, closed, seen.target)
         with self.autocast():
             relevance = bottleneck.label_bits(seen)

@@ -111,7 +111,7 @@ def read_attention(call: Call, *, gradients: bool) -> AttentionPass:
     # Behind the last attention tokens do not mix: a token that the classifier does not read has no gradient at all.
     readers = (slopes[-1].abs().amax(dim=(1, 3)) > 0).float()  # (B, T)
     readers = readers / readers.sum(dim=1, keepdim=True).clamp_min(1)
-    return AttentionPass(matrices, [s.detach() for s in slopes] if gradients else [], readers, prefix, grid)
+    return AttentionPass(matrices, slopes if gradients else [], readers, prefix, grid)
 
 
 def _tokens(call: Call, names: list[str], matrices: list[Tensor]) -> tuple[int, tuple[int, int]]:

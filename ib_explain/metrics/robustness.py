@@ -160,13 +160,10 @@ class _Draws:
 
     def shake(self, copies: Tensor) -> Tensor:
         """The copies plus the draws."""
-        return copies + self._next(copies)
-
-    def _next(self, copies: Tensor) -> Tensor:
         count = len(copies) // self.images
         draws = self.draws[self.taken : self.taken + count]
         self.taken += count
-        return draws.to(copies).repeat(self.images, 1, 1, 1)
+        return copies + draws.to(copies).repeat(self.images, 1, 1, 1)
 
 
 def _squares(samples: int, height: int, width: int, seed: int) -> Tensor:
