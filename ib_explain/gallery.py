@@ -16,13 +16,12 @@ from ib_explain.leaderboard import Leaderboard
 from ib_explain.pictures import Picture, Pictures
 from ib_explain.samples import ImageBatch
 from ib_explain.sources import Source
-from ib_explain.visualize import denormalize, overlay, visualize
+from ib_explain.visualize import colour_range, denormalize, overlay, visualize
 
 __all__ = ["draw_pictures"]
 
 SHEET_IMAGES = 6
 SIDE = 128  # pixels of a case, the longer side; a report goes by e-mail
-PERCENTILE = 99.5  # of the non-zero values, where colours end; as in `visualize`
 
 MapsOf = Callable[[Contender, ImageBatch], tuple[Tensor, Tensor] | None]
 
@@ -70,7 +69,7 @@ def draw_pictures(
     for unit in dict.fromkeys(units.values()):
         of_unit = {name: value for name, value in cases.items() if units[name] == unit and value[0]}
         if of_unit:
-            limit, signed = _limit([maps for _, maps in of_unit.values()])
+            limit, signed = colour_range([maps.numpy() for _, maps in of_unit.values()])
             for name, (images, maps) in of_unit.items():
                 for image, heat in zip(images, maps, strict=True):
                     told = f"map of {name} in {unit}, beside the image; colours end at {limit:.3g}"
@@ -124,13 +123,6 @@ def _sheet(
     )
     alt = f"Maps of {len(titles)} images by {', '.join(maps)}."
     return Picture(buffer.getvalue(), told, alt)
-
-
-def _limit(maps: Sequence[Tensor]) -> tuple[float, bool]:
-    """Where colours end for maps of one unit, and whether they have two signs."""
-    values = np.concatenate([m.numpy().ravel() for m in maps])
-    magnitude = np.abs(values[values != 0])
-    return (float(np.percentile(magnitude, PERCENTILE)) if magnitude.size else 1.0), bool(values.min() < 0)
 
 
 def _pair(picture: Tensor, heat: Tensor, limit: float, signed: bool) -> bytes:

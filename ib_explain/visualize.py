@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["contact_sheet", "denormalize", "overlay", "visualize"]
+__all__ = ["colour_range", "contact_sheet", "denormalize", "overlay", "visualize"]
 
 Maps = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 Channels = float | Sequence[float] | Tensor | None
@@ -294,13 +294,16 @@ class _Scale:
 
     @classmethod
     def of(cls, values: Sequence[np.ndarray], unit: str) -> _Scale:
-        pooled = np.concatenate([v.ravel() for v in values])
-        magnitude = np.abs(pooled[pooled != 0])
-        if magnitude.size == 0:
-            return cls(unit, 1.0, signed=False, above=False, below=False, empty=True)
-        limit = float(np.percentile(magnitude, _PERCENTILE))
-        signed = bool(pooled.min() < 0)
-        return cls(unit, limit, signed, bool(pooled.max() > limit), bool(pooled.min() < -limit), empty=False)
+        limit, signed = colour_range(values)
+        low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+        return cls(unit, limit, signed, above=high > limit, below=low < -limit, empty=low == high == 0)
+
+
+def colour_range(values: Sequence[np.ndarray]) -> tuple[float, bool]:
+    """Where colours end for maps that share a scale, 1 if all are zero; and whether they have two signs."""
+    pooled = np.concatenate([v.ravel() for v in values])
+    magnitude = np.abs(pooled[pooled != 0])
+    return float(np.percentile(magnitude, _PERCENTILE)) if magnitude.size else 1.0, bool(pooled.min() < 0)
 
 
 def _columns(maps: Any, unit: Any, batch: int, size: tuple[int, int]) -> list[_Column]:
