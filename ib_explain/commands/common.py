@@ -70,7 +70,7 @@ def preprocess_for(host: nn.Module, size: tuple[int, int, int]) -> Preprocess:
 def check_data(args: argparse.Namespace) -> None:
     """Fail before the host is loaded if the data cannot be there."""
     if args.data is not None and not args.dataset and not args.data.exists():
-        raise ValueError(f"no such folder or tar file: {args.data}")
+        raise ValueError(f"no such folder or tar file: {args.data}; a data set by timm's name goes into --dataset")
 
 
 def class_folders(data: Any) -> list[str] | None:

@@ -206,7 +206,7 @@ def _find_split(root: str | Path | None, split: str | None) -> Path:
         raise ValueError("root must be a folder or a tar file, got None; only named data sets can do without")
     place = Path(root)
     if not place.exists():
-        raise ValueError(f"no such folder or tar file: {place}; a data set of timm's goes into name=")
+        raise ValueError(f"no such folder or tar file: {root}; a data set by timm's name goes into name=")
     if split is None:
         return place
     if place.is_file():

@@ -292,7 +292,8 @@ class Occlusion:
 class FeatureAblation:
     """Feature ablation: fall of the logit when one square tile takes the mean colour, tile by tile.
 
-    Signed; positive where removing the tile hurts the target. One forward pass for each tile: 196 by default.
+    Signed; positive where removing the tile hurts the target. One forward pass for each tile, 196 by default, and one
+    of the intact image.
 
     Attributes:
         tile: side of a tile in pixels; None is a fourteenth of the image's shorter side (16 for 224).
