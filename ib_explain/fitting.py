@@ -110,15 +110,17 @@ def estimate_statistics(
                 mine.merge(theirs)
             side.merge(other_side)
     device = host_device(host)
-    check_varies(place.site.name, running[0].varies)
+    check_varies(place.site.name, running[0].varies, running[0].images)
     site, *deep = [r.result().to(device) for r in running]
     return Statistics(site, deep, [s.to(device) for s in side.result()], classes)
 
 
-def check_varies(layer: str, varies: bool) -> None:
+def check_varies(layer: str, varies: bool, images: int) -> None:
     """Refuse features that are the same for all images: nothing could be told from them."""
     if not varies:
-        raise ValueError(f"the features of layer {layer!r} do not vary; statistics need images that differ")
+        raise ValueError(
+            f"the features of layer {layer!r} do not vary over the {images} images; statistics need images that differ"
+        )
 
 
 def _prepare(x: Tensor, host: nn.Module) -> Tensor:

@@ -637,7 +637,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         if reference is None and self.fitted:
             return self.bottleneck.restriction
         found = reference_statistics(host, place.site, reference, per_element=self.per_element, args=args)
-        check_varies(place.site.name, found.varies)
+        check_varies(place.site.name, found.varies, found.moments.count)
         return Restriction(self.gate, found.moments, found.side).to(host_device(host)).requires_grad_(False)
 
     def _plan(

@@ -142,8 +142,8 @@ class Trainer:
         if self.step_number % LOOK_AGAIN == 0:
             self._look_at_both_ends(seen, first)
         terms = self._terms(seen)
-        for part, noise in enumerate(later):
-            self._update(seen, terms, noise, self.step_number * UPDATES + part)
+        told = [self._update(seen, terms, noise, self.step_number * UPDATES + part) for part, noise in enumerate(later)]
+        self._follow(torch.stack(told))
         self.step_number += 1
         self.images += len(x) * self.share.world
         if self.step_number % 10 == 1:
@@ -167,8 +167,8 @@ class Trainer:
             intact=F.cross_entropy(seen.logits.float(), seen.target, reduction="none"),
         )
 
-    def _update(self, seen: Observation, terms: _Terms, noise: _BatchNoise, number: int) -> None:
-        """Step `number` of the optimiser."""
+    def _update(self, seen: Observation, terms: _Terms, noise: _BatchNoise, number: int) -> Tensor:
+        """Step `number` of the optimiser; what `_follow` takes of it."""
         bottleneck = self.bottleneck
         with self.autocast():
             attention = bottleneck.attend(seen, noise.normal((1, *self.place.site.grid)))
@@ -194,8 +194,7 @@ class Trainer:
         shut = asked & ~agreed & (bits < SHUT * bits.mean())
         lost = (kept - terms.intact).mean()
         means = [lost, bits.mean(), attention.mean.mean(), terms.stake.mean(), terms.beta.mean(), error]
-        figures = torch.stack([loss, *means, (asked & agreed).sum(), shut.sum(), asked.sum()]).detach()
-        self._follow(figures.float())
+        return torch.stack([loss, *means, (asked & agreed).sum(), shut.sum(), asked.sum()]).detach().float()
 
     def state(self) -> dict[str, Any]:
         """Everything a later run needs to go on: {"tensors": ..., "run": ...}."""
@@ -314,20 +313,21 @@ class Trainer:
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return values if self.share.world == 1 else self.accelerator.reduce(values, reduction="mean")
 
-    def _follow(self, values: Tensor) -> None:
-        """Update the running figures from this step (the same on every process)."""
-        loss, lost, bits, opened, stake, beta, error, agreed, shut, asked = self._mean_over_processes(values).tolist()
-        if not math.isfinite(loss + error):
-            raise FloatingPointError(
-                f"the loss became {loss + error} at step {self.step_number}; try a smaller lr or fp32"
-            )
-        now = {"loss": loss, "bits": bits, "attention": opened, "lost": lost / stake, "beta": beta}
-        if self.bottleneck.relevance is not None:
-            now["relevance_error"] = error
-        now["agreement"] = agreed / asked if asked else self.figures.get("agreement", 1.0)
-        now["shut"] = shut / asked if asked else self.figures.get("shut", 0.0)
-        old = self.figures or now
-        self.figures = {name: 0.95 * old[name] + 0.05 * value for name, value in now.items()}
+    def _follow(self, told: Tensor) -> None:
+        """Take what the updates of a batch tell, (UPDATES, 10), into the running figures: the same on every process."""
+        for values in self._mean_over_processes(told).tolist():  # one look at the device for all of them
+            loss, lost, bits, opened, stake, beta, error, agreed, shut, asked = values
+            if not math.isfinite(loss + error):
+                raise FloatingPointError(
+                    f"the loss became {loss + error} at step {self.step_number}; try a smaller lr or fp32"
+                )
+            now = {"loss": loss, "bits": bits, "attention": opened, "lost": lost / stake, "beta": beta}
+            if self.bottleneck.relevance is not None:
+                now["relevance_error"] = error
+            now["agreement"] = agreed / asked if asked else self.figures.get("agreement", 1.0)
+            now["shut"] = shut / asked if asked else self.figures.get("shut", 0.0)
+            old = self.figures or now
+            self.figures = {name: 0.95 * old[name] + 0.05 * value for name, value in now.items()}
 
 
 class _BatchNoise:

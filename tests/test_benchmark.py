@@ -23,18 +23,14 @@ from ib_explain.contenders import contenders_of
 from ib_explain.data.gaze import GazeBatch
 from ib_explain.figures import LIGHT, Plot
 from ib_explain.ib import IBAttention
-from ib_explain.methods import NotApplicable
 from ib_explain.methods.grad_cam import GradCAM
 from ib_explain.metrics import (
-    METRICS,
     auc_shuffled,
     deletion,
     energy_inside,
     information_gain,
     insertion,
     other_fixations,
-    register_metric,
-    sanity,
     sparsity_max_over_mean,
 )
 from ib_explain.pictures import Pictures
@@ -142,84 +138,6 @@ def test_one_layer_for_all_who_look_at_one(host, x):
     expected = sparsity_max_over_mean(ibx.attribute(host, x[:2], method="grad_cam", layer="stages.1"))
     assert_close(values(board, "grad_cam", "sparsity_max_over_mean"), expected, equal_nan=True)
     assert all(row.status == "ok" for row in board.rows) and board.run["settings"]["layer"] == "stages.1"
-
-
-def test_what_several_methods_and_metrics_share_is_scored_once(host, x):
-    rows = []
-    handle = host.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
-    try:
-        measure(host, [x], ["constant", "edges"], ["insertion", "ic", "deletion"])
-    finally:
-        handle.remove()
-    # One image to see the classes; intact, blurred, zeros; and for both methods the two points inside of two curves.
-    assert sum(rows) == 1 + 3 * 6 + 2 * 2 * 2 * 6
-
-
-def test_perturbations_that_no_map_enters_are_scored_once_for_all_methods(host, x):
-    def run(methods):
-        rows = []
-        handle = host.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
-        try:
-            return measure(host, [x], methods, ["sensitivity_n", "infidelity"], batch_size=4), sum(rows)
-        finally:
-            handle.remove()
-
-    (alone, least), (together, rows) = run(["edges"]), run(["random", "constant", "edges"])
-    assert rows == least
-    for metric in ("sensitivity_n", "infidelity"):
-        assert torch.equal(values(alone, "edges", metric), values(together, "edges", metric))
-        assert not torch.equal(values(together, "random", metric), values(together, "edges", metric))
-
-
-def test_what_no_map_enters_is_asked_of_the_host_once(x):
-    """Predictions of modified images, the runner-up, and a randomised copy whose layers are probed once."""
-    host, metrics = tiny(), ["consistency_patch", "consistency_low_frequency", "target_sensitivity"]
-    rows = []
-    handle = host.register_forward_hook(lambda _m, inputs, _o: rows.append(len(inputs[0])))
-    measure(host, [x], ["random"], metrics=metrics)
-    one = sum(rows)
-    rows.clear()
-    measure(host, [x], {name: ("random", {}) for name in "abcd"}, metrics=metrics)
-    handle.remove()
-    assert sum(rows) == one > 0
-
-
-def test_a_randomised_host_is_made_once_for_all_methods_and_batches(host, x, monkeypatch):
-    made = []
-    original = sanity._randomised_twin
-    monkeypatch.setattr(sanity, "_randomised_twin", lambda *a: made.append(1) or original(*a))
-    measure(host, [x[:2], x[2:4], x[4:]], ["grad_cam", "random"], metrics=["model_randomisation"])
-    assert made == [1]
-
-
-def test_a_metric_that_writes_into_its_maps_spoils_no_other(host, x, monkeypatch):
-    monkeypatch.setattr(METRICS, "_entries", dict(METRICS._entries))
-
-    @register_metric("clobber", family="complexity", unit="u", higher_is_better=True, needs=("maps", "model"))
-    def clobber(case):
-        """Writes."""
-        case.maps.zero_()
-        return torch.zeros(len(case.maps))
-
-    alone = measure(host, [x], ["random"], metrics=["insertion"])
-    after = measure(host, [x], ["random"], metrics=["clobber", "insertion"])
-    assert [row.value for row in after.rows if row.metric == "insertion"] == [row.value for row in alone.rows]
-
-
-def test_errors_whose_text_is_blank_or_cannot_be_had_cost_their_cells(host, x):
-    class Mute(Exception):
-        def __str__(self):
-            raise RuntimeError("no text")
-
-    def blank(model, x, target):
-        raise NotApplicable(" \n")
-
-    def mute(model, x, target):
-        raise Mute
-
-    found = {row.method: (row.status, row.reason) for row in measure(host, [x], [blank, mute]).rows}
-    assert found["blank"] == ("not_applicable", "not applicable")
-    assert found["mute"] == ("failed", "Mute: (its text cannot be had: RuntimeError)")
 
 
 def test_cost_is_measured_once_and_by_arithmetic(host):

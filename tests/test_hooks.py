@@ -128,6 +128,33 @@ class TestFrozen:
             assert not any(m.training for m in model.modules())
         assert_same(before, state(model))
 
+    def test_a_host_that_writes_into_some_images_is_found_out_by_the_first_of_them(self) -> None:
+        class Scaling(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                if x.max() > 50:
+                    x.div_(255)
+                return x.mean(dim=(2, 3))
+
+        host = Scaling()
+        with frozen(host), torch.no_grad():
+            for _ in range(2):
+                host(torch.rand(1, 3, 4, 4))
+            host(torch.full((1, 3, 4, 4), 200.0))
+        loud = torch.full((1, 3, 4, 4), 200.0)
+        with frozen(host), torch.no_grad():
+            assert host(loud).max() < 1
+        assert loud.min() == 200
+
+    def test_gradient_checkpointing_is_off_and_comes_back_from_nested_and_failing_ones(self) -> None:
+        host = nn.Sequential(nn.Linear(2, 2))
+        host[0].grad_checkpointing = True
+        with pytest.raises(ZeroDivisionError), frozen(host):
+            with frozen(host):
+                assert host[0].grad_checkpointing is False
+            assert host[0].grad_checkpointing is False
+            raise ZeroDivisionError
+        assert host[0].grad_checkpointing is True
+
 
 class TestUnwrap:
     def test_data_parallel(self) -> None:
