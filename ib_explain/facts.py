@@ -1,4 +1,8 @@
-"""What was found out about a host, remembered as long as the host stays as it is."""
+"""What was found out about a host, remembered as long as the host stays as it is.
+
+Hooks of the user's are no part of that: most only look on, and finding everything out again for each would cost a
+hundred passes. Where they matter for a fact (features under them), whoever remembers it asks for `users_hooks`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from ib_explain.hooks import shapes_the_host
+from ib_explain.hooks import restricting_hooks
 
 __all__ = ["host_state", "remembered"]
 
@@ -34,7 +38,7 @@ def remembered(host: nn.Module, key: Hashable, find: Callable[[], T]) -> T:
 
 
 def host_state(host: nn.Module) -> int:
-    """A number that changes with what a host computes: its weights, and the hooks that change what its layers return.
+    """A number that changes with the host's weights, and with restrictions of ours around it.
 
     In-place changes (an optimiser, `load_state_dict`) raise a tensor's version; those of `parameter.data` do not.
     """
@@ -44,14 +48,7 @@ def host_state(host: nn.Module) -> int:
     tensors = (
         (t.data_ptr(), None if t.is_inference() else t._version) for t in itertools.chain(host.parameters(), buffers)
     )
-    hooks = (
-        number
-        for module in host.modules()
-        for registered in (module._forward_pre_hooks, module._forward_hooks)
-        for number, hook in registered.items()
-        if shapes_the_host(hook)
-    )
-    return hash((*tensors, *hooks))
+    return hash((*tensors, *restricting_hooks(host)))
 
 
 def _facts(host: nn.Module) -> dict[Hashable, Any]:

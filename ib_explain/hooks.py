@@ -35,7 +35,7 @@ __all__ = [
     "on_own_level",
     "outside_inference_mode",
 ]
-__all__ += ["replace_output", "run_host", "shapes_the_host", "unwrap"]
+__all__ += ["replace_output", "restricting_hooks", "run_host", "unwrap", "users_hooks", "users_hooks_silent"]
 
 
 class LayerError(RuntimeError):
@@ -87,9 +87,44 @@ def _ours(hook: Callable[..., Any], level: int | None = None) -> Callable[..., A
     return hook
 
 
-def shapes_the_host(hook: Callable[..., Any]) -> bool:
-    """Whether a hook is part of what the host is: the user's are; of ours those that restrict it on this level."""
-    return not hasattr(hook, _MARK) or getattr(hook, _MARK) == _LEVEL.get()
+def restricting_hooks(host: nn.Module) -> tuple[int, ...]:
+    """Numbers of our hooks that change, on this level, what layers return: with them the host is another one."""
+    level = _LEVEL.get()
+    return tuple(number for _, number, hook in _hooks(host) if getattr(hook, _MARK, None) == level)
+
+
+def users_hooks(host: nn.Module) -> tuple[int, ...]:
+    """Numbers of the hooks that are not ours; each number is given once."""
+    return tuple(number for _, number, hook in _hooks(host) if not hasattr(hook, _MARK))
+
+
+@contextlib.contextmanager
+def users_hooks_silent(module: nn.Module, when: Callable[[], bool]) -> Iterator[None]:
+    """While inside, the user's hooks on this module do nothing `when` told so: its output has been through them."""
+
+    def silenced(hook: Callable[..., Any]) -> Callable[..., Any]:
+        return on_own_level(lambda *args, **kwargs: None if when() else hook(*args, **kwargs), hook)
+
+    own = [(registered, number, hook) for registered, number, hook in _hooks_on(module) if not hasattr(hook, _MARK)]
+    try:
+        for registered, number, hook in own:
+            registered[number] = silenced(hook)
+        yield
+    finally:
+        for registered, number, hook in own:
+            if number in registered:  # it may have removed itself
+                registered[number] = hook
+
+
+def _hooks(host: nn.Module) -> Iterator[tuple[dict[int, Any], int, Callable[..., Any]]]:
+    for module in host.modules():
+        yield from _hooks_on(module)
+
+
+def _hooks_on(module: nn.Module) -> Iterator[tuple[dict[int, Any], int, Callable[..., Any]]]:
+    for registered in (module._forward_pre_hooks, module._forward_hooks):
+        for number, hook in registered.items():
+            yield registered, number, hook
 
 
 CHECKPOINTING = "grad_checkpointing"  # timm's flag of a module

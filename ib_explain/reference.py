@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ib_explain.checks import check_images
 from ib_explain.facts import remembered
-from ib_explain.hooks import capture, host_device, host_dtype, run_host
+from ib_explain.hooks import capture, host_device, host_dtype, run_host, users_hooks
 from ib_explain.sites import Site
 from ib_explain.statistics import Moments, RunningMean, RunningMoments
 from ib_explain.stripes import probe_images
@@ -73,12 +73,12 @@ def reference_statistics(
     if args:
         return _estimate(host, site, images, per_element, rows, args)
     last: dict[str, Any] = remembered(host, ("reference", site.name, site.input_size, per_element), dict)
-    # In-place changes of the images change their version, so that nothing stale is used.
-    version = None if images is None else images._version
-    if not last or last["images"]() is not images or last["version"] != version:
+    # In-place changes of the images change their version, and the user's hooks change features.
+    state = (None if images is None else images._version, users_hooks(host))
+    if not last or last["images"]() is not images or last["state"] != state:
         found = _estimate(host, site, images, per_element, rows, args)
         of = (lambda: None) if images is None else weakref.ref(images)
-        last.update(images=of, version=version, found=found)
+        last.update(images=of, state=state, found=found)
     reference: Reference = last["found"]
     return reference
 

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ib_explain.hooks import LayerError, find_module, map_tensors, on_own_level, replace_output, run_host, unwrap
+from ib_explain.hooks import (
+    LayerError,
+    find_module,
+    map_tensors,
+    on_own_level,
+    replace_output,
+    run_host,
+    unwrap,
+    users_hooks_silent,
+)
 
 __all__ = ["Tail", "TailRecorder"]
 
@@ -95,9 +104,13 @@ class Tail:
                 arrived[0] = True
                 return output
 
-            restore.enter_context(_forward(find_module(self.model, self.name), arrive))
+            # What is put in place of an output was recorded behind the user's hooks: they must not change it again.
+            site = find_module(self.model, self.name)
+            restore.enter_context(users_hooks_silent(site, lambda: True))
+            restore.enter_context(_forward(site, arrive))
             for name, outputs in self.outputs.items():
                 module = find_module(self.model, name)
+                restore.enter_context(users_hooks_silent(module, lambda: not arrived[0]))
                 restore.enter_context(_forward(module, _skip(module.forward, outputs, arrived)))
             logits = run_host(self.model, self.x, self.args)
             if not arrived[0]:

@@ -145,9 +145,8 @@ class TestMaps:
     def test_another_size_is_probed_once(self, cnn):
         ib, host = cnn
         ran = []
-        handle = host.register_forward_hook(lambda _m, inputs, _o: ran.append(len(inputs[0])))
         ib.attribute(images(2, size=40))
-        ran.clear()
+        handle = host.register_forward_hook(lambda _m, inputs, _o: ran.append(len(inputs[0])))
         ib.attribute(images(2, size=40))
         handle.remove()
         assert ran == [2]

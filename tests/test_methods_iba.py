@@ -118,7 +118,7 @@ def test_statistics_of_noise_cost_a_host_32_images_once(method: str, options: di
     ibx.attribute(net, x[:1], method=method, layer="site", **options)
     stem: list[int] = []
     handle = net.stem[0].register_forward_hook(lambda _m, _i, output: stem.append(len(output)))
-    ibx.attribute(net, x[:1], method=method, layer="site", **options)  # with this hook it is another host
+    ibx.attribute(net, x[:1], method=method, layer="site", **options)  # with this hook features may be others
     stem.clear()
     ibx.attribute(net, x, method=method, layer="site", batch_size=2, **options)
     handle.remove()
