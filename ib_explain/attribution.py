@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from ib_explain.checks import check_images, check_maps, check_positive_int, take_options
 from ib_explain.hooks import frozen, host_device, map_tensors, run_host, unwrap
-from ib_explain.hosts import timm_config
 from ib_explain.methods.base import METHODS, Call
 from ib_explain.progress import Progress
 from ib_explain.randomness import check_seed, seeded
@@ -56,8 +54,7 @@ def attribute(
     Raises:
         TypeError, ValueError, IndexError: in one line, what was expected and what came; a method whose maps hold NaN.
     """
-    device = host_device(model)  # a TypeError for what is no model
-    check_images(x, channels=input_size_of(model)[0] if timm_config(model) else None, device=device)
+    check_images(x, device=host_device(model))  # a TypeError for what is no model
     if layer is not None and not isinstance(method, str) and not is_dataclass(method):
         raise TypeError(f"only registered methods take a layer here, got one for a {type(method).__name__}")
     check_host(method, model)
@@ -76,15 +73,30 @@ def attribute(
             rows = slice(start, start + size)
             part = x[rows]
             chosen = None if target is None else target[rows]
-            if hasattr(method, "attribute"):  # its baselines and further arguments may hold one row an image
-                run = method_runner(method, map_tensors(options, functools.partial(_rows, rows=rows, of=len(x))))
-            maps.append(as_maps(run(Call(host, part, chosen, layer, seed, batch_size)), part))
+            if hasattr(method, "attribute"):
+                run = method_runner(method, {name: _rows(name, value, x, rows) for name, value in options.items()})
+            maps.append(as_maps(_run(run, Call(host, part, chosen, layer, seed, batch_size)), part))
             progress.step(len(part))
     return torch.cat(maps)
 
 
-def _rows(option: Tensor, rows: slice, of: int) -> Tensor:
-    return option[rows] if option.ndim > 0 and len(option) == of else option
+def _run(run: Callable[[Call], Any], call: Call) -> Any:
+    try:
+        return run(call)
+    except RuntimeError as error:
+        expected, got = input_size_of(call.model)[0], call.x.shape[1]
+        if got == expected:
+            raise
+        raise ValueError(f"x must have {expected} channels, got {got}, which the model refuses: {error}") from error
+
+
+def _rows(name: str, option: Any, x: Tensor, rows: slice) -> Any:
+    """What belongs to these images of an option of Captum's that holds one row for each of all images."""
+    if name == "additional_forward_args":
+        return map_tensors(option, lambda t: t[rows] if t.ndim > 0 and len(t) == len(x) else t)
+    if name in ("baselines", "feature_mask"):
+        return map_tensors(option, lambda t: t[rows] if t.ndim == x.ndim and len(t) == len(x) else t)
+    return option
 
 
 def available_methods() -> dict[str, str]:

@@ -1,17 +1,16 @@
 """What was found out about a host, remembered as long as the host stays as it is.
 
 Hooks of the user's are no part of that: most only look on, and finding everything out again for each would cost a
-hundred passes. Where they matter for a fact (features under them), whoever remembers it asks for `users_hooks`.
+hundred passes.
 """
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ib_explain.hooks import restricting_hooks
 
@@ -20,7 +19,16 @@ __all__ = ["host_state", "remembered"]
 T = TypeVar("T")
 
 STATES = 4  # of one host at once: as it came, and under restrictions
-_FACTS: weakref.WeakKeyDictionary[nn.Module, dict[int, dict[Hashable, Any]]] = weakref.WeakKeyDictionary()
+
+
+class _Known(NamedTuple):
+    """Facts, and the tensors that they were found with."""
+
+    weights: list[weakref.ref[Tensor]]
+    facts: dict[Hashable, Any]
+
+
+_FACTS: weakref.WeakKeyDictionary[nn.Module, dict[int, _Known]] = weakref.WeakKeyDictionary()
 
 
 def remembered(host: nn.Module, key: Hashable, find: Callable[[], T]) -> T:
@@ -38,24 +46,32 @@ def remembered(host: nn.Module, key: Hashable, find: Callable[[], T]) -> T:
 
 
 def host_state(host: nn.Module) -> int:
-    """A number that changes with the host's weights, and with restrictions of ours around it.
+    """A number that changes with the host's weights and modules, and with restrictions of ours around it.
 
     In-place changes (an optimiser, `load_state_dict`) raise a tensor's version; those of `parameter.data` do not.
     """
+    return _state(host, _weights(host))
+
+
+def _weights(host: nn.Module) -> list[Tensor]:
     # Integer buffers may count passes; the others (running statistics) decide what a host says.
-    buffers = (buffer for buffer in host.buffers() if buffer.is_floating_point())
+    return [*host.parameters(), *(buffer for buffer in host.buffers() if buffer.is_floating_point())]
+
+
+def _state(host: nn.Module, weights: list[Tensor]) -> int:
     # Parameters made in inference mode have no version; `frozen` refuses them.
-    tensors = (
-        (t.data_ptr(), None if t.is_inference() else t._version) for t in itertools.chain(host.parameters(), buffers)
-    )
-    return hash((*tensors, *restricting_hooks(host)))
+    versions = ((t.data_ptr(), None if t.is_inference() else t._version) for t in weights)
+    return hash((*versions, *map(id, host.modules()), *restricting_hooks(host)))
 
 
 def _facts(host: nn.Module) -> dict[Hashable, Any]:
-    states = _FACTS.setdefault(host, {})
-    state = host_state(host)
-    facts = states.pop(state, {})
-    states[state] = facts  # the latest one last
+    states, weights = _FACTS.setdefault(host, {}), _weights(host)
+    state = _state(host, weights)
+    known = states.pop(state, None)
+    # A new parameter may lie where one was that is gone.
+    if known is None or any(ref() is not tensor for ref, tensor in zip(known.weights, weights, strict=True)):
+        known = _Known([weakref.ref(tensor) for tensor in weights], {})
+    states[state] = known  # the latest one last
     while len(states) > STATES:
         del states[next(iter(states))]
-    return facts
+    return known.facts

@@ -35,7 +35,7 @@ __all__ = [
     "on_own_level",
     "outside_inference_mode",
 ]
-__all__ += ["replace_output", "restricting_hooks", "run_host", "unwrap", "users_hooks", "users_hooks_silent"]
+__all__ += ["replace_output", "restricting_hooks", "run_host", "unwrap", "users_hooks_silent"]
 
 
 class LayerError(RuntimeError):
@@ -90,12 +90,8 @@ def _ours(hook: Callable[..., Any], level: int | None = None) -> Callable[..., A
 def restricting_hooks(host: nn.Module) -> tuple[int, ...]:
     """Numbers of our hooks that change, on this level, what layers return: with them the host is another one."""
     level = _LEVEL.get()
-    return tuple(number for _, number, hook in _hooks(host) if getattr(hook, _MARK, None) == level)
-
-
-def users_hooks(host: nn.Module) -> tuple[int, ...]:
-    """Numbers of the hooks that are not ours; each number is given once."""
-    return tuple(number for _, number, hook in _hooks(host) if not hasattr(hook, _MARK))
+    hooks = (pair for module in host.modules() for pair in module._forward_hooks.items())
+    return tuple(number for number, hook in hooks if getattr(hook, _MARK, None) == level)
 
 
 @contextlib.contextmanager
@@ -105,7 +101,12 @@ def users_hooks_silent(module: nn.Module, when: Callable[[], bool]) -> Iterator[
     def silenced(hook: Callable[..., Any]) -> Callable[..., Any]:
         return on_own_level(lambda *args, **kwargs: None if when() else hook(*args, **kwargs), hook)
 
-    own = [(registered, number, hook) for registered, number, hook in _hooks_on(module) if not hasattr(hook, _MARK)]
+    own = [
+        (registered, number, hook)
+        for registered in (module._forward_pre_hooks, module._forward_hooks)
+        for number, hook in registered.items()
+        if not hasattr(hook, _MARK)
+    ]
     try:
         for registered, number, hook in own:
             registered[number] = silenced(hook)
@@ -114,17 +115,6 @@ def users_hooks_silent(module: nn.Module, when: Callable[[], bool]) -> Iterator[
         for registered, number, hook in own:
             if number in registered:  # it may have removed itself
                 registered[number] = hook
-
-
-def _hooks(host: nn.Module) -> Iterator[tuple[dict[int, Any], int, Callable[..., Any]]]:
-    for module in host.modules():
-        yield from _hooks_on(module)
-
-
-def _hooks_on(module: nn.Module) -> Iterator[tuple[dict[int, Any], int, Callable[..., Any]]]:
-    for registered in (module._forward_pre_hooks, module._forward_hooks):
-        for number, hook in registered.items():
-            yield registered, number, hook
 
 
 CHECKPOINTING = "grad_checkpointing"  # timm's flag of a module
@@ -207,7 +197,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         inside.enter_context(_LOCKS.setdefault(model, threading.RLock()))
         modes = [(module, module.training) for module in model.modules()]
         wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        checkpointing = [m for m in model.modules() if m.__dict__.get(CHECKPOINTING) is True]
+        checkpointing = [(m, flag) for m in model.modules() if (flag := m.__dict__.get(CHECKPOINTING))]
         compiled = [(m, m._compiled_call_impl) for m in model.modules() if getattr(m, "_compiled_call_impl", None)]
         device = host_device(model)
         inside.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
@@ -221,12 +211,12 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
                 parameter.requires_grad_(False)
             for module, _ in compiled:
                 module._compiled_call_impl = None
-            for module in checkpointing:
+            for module, _ in checkpointing:
                 module.__dict__[CHECKPOINTING] = False
             yield model
         finally:
-            for module in checkpointing:
-                module.__dict__[CHECKPOINTING] = True
+            for module, flag in checkpointing:
+                module.__dict__[CHECKPOINTING] = flag
             for module, mode in modes:
                 module.training = mode
             for parameter, flag in wanted:
@@ -270,7 +260,8 @@ def _images_spared(host: nn.Module) -> Iterator[None]:
     def after(_module: nn.Module, _inputs: Any, _output: Any) -> None:
         if given:
             x, version = given.pop()
-            # Looked at in every pass: noise may leave a branch untaken that the user's images take.
+            # Looked at in every pass: noise may leave a branch untaken that the user's images take. Those of the first
+            # such pass are written to, as by a call of the host itself.
             _WRITES[host] = _WRITES.get(host, False) or x._version != version
 
     handles = []

@@ -87,7 +87,11 @@ def timm_config(model: nn.Module) -> dict[str, Any]:
     """What timm says of a model, wrapped or not (`pretrained_cfg`); empty for a model that timm did not make."""
     host = unwrap(model)
     config = getattr(host, "pretrained_cfg", None) or getattr(host, "default_cfg", None) or {}
-    return dict(config if isinstance(config, Mapping) else config.to_dict())
+    if not isinstance(config, Mapping):
+        config = (
+            config.to_dict() if hasattr(config, "to_dict") else {}
+        )  # timm's own class, or somebody else's attribute
+    return dict(config)
 
 
 def timm_data_config(model: nn.Module) -> dict[str, Any] | None:

@@ -155,7 +155,7 @@ def layout_from_json(stored: dict[str, Any]) -> Layout:
 def data_config(model: nn.Module) -> dict[str, Any] | None:
     """Mean and standard deviation with which the host's images are normalised, where its timm config tells them."""
     config = timm_config(model)
-    if "mean" not in config:
+    if config.get("mean") is None or config.get("std") is None:
         return None
     return {"mean": list(config["mean"]), "std": list(config["std"])}
 

@@ -118,7 +118,7 @@ class Measure:
         found = {}
         for metric in metrics:
             count, given = _measured(metric, len(x)), small if metric.family == "cost" else case
-            if not metric.score.__module__.startswith("ib_explain."):  # a user's may write into its maps
+            if not str(metric.score.__module__).startswith("ib_explain."):  # a user's may write into its maps
                 given = given.with_maps(maps[: len(given.probe.x)].clone(), explain)
             try:
                 values = metric(given)

@@ -189,12 +189,15 @@ def input_size_of(model: nn.Module) -> tuple[int, int, int]:
     host = unwrap(model)
     config = timm_config(host)
     size = config.get("input_size") or (3, 224, 224)
-    # timm keeps three channels in it when a model is made with in_chans=1. The first convolution knows better, unless
-    # pixels were folded into channels before it (48 of them in TResNet).
+    # timm keeps three channels in it when a model is made with in_chans=1 or 6. The first convolution knows better,
+    # unless squares of pixels were folded into channels before it (4 x 4 of them in TResNet).
     first = config.get("first_conv")
+    first = first[0] if isinstance(first, tuple | list) and first else first
     stem = dict(host.named_modules()).get(first) if isinstance(first, str) else None
-    plain = isinstance(stem, nn.Conv2d) and stem.groups == 1 and stem.in_channels % size[0] != 0
-    channels = stem.in_channels if isinstance(stem, nn.Conv2d) and plain else size[0]
+    channels = size[0]
+    if isinstance(stem, nn.Conv2d) and stem.groups == 1:
+        folded = stem.in_channels % size[0] == 0 and math.isqrt(stem.in_channels // size[0]) ** 2 * size[0]
+        channels = size[0] if folded == stem.in_channels else stem.in_channels
     return int(channels), int(size[1]), int(size[2])
 
 

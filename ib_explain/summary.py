@@ -216,7 +216,7 @@ def summarise(
         better, column = facts.higher_is_better, values[:, :, k]
         known = np.isfinite(column)
         if (known | ~known.any(axis=0) == known.any(axis=1)[:, None]).all():  # on the same images for all that have any
-            ranks[:, k] = average_ranks(mean_without_nan(column), higher_is_better=better)
+            ranks[:, k] = average_ranks(mean_without_nan(np.where(known, column, np.nan)), higher_is_better=better)
             rank_samples[:, :, k] = average_ranks(parts[0][:, :, k], higher_is_better=better)
         else:
             ranks[:, k], rank_samples[:, :, k] = pairwise_ranks(

@@ -288,8 +288,10 @@ def test_attribute_never_writes_over_the_images_themselves(host, pictures, tmp_p
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     words = ["attribute", *host, str(folder), "--method", "grad_cam", "--out", str(folder), "--workers", "0"]
     told = fails(capsys, *words, "--overwrite")
-    assert "0.png is one of the images, and its map would be written over it; name another --out" in told
+    assert "0.png is one of the images and would be written over; name another --out" in told
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / "0.png").rename(folder / "sheet.png")
+    assert "sheet.png is one of the images" in fails(capsys, *words, "--overwrite")
 
 
 def test_attribute_among_raw_files_of_others(host, pictures, tmp_path):
@@ -302,9 +304,16 @@ def test_attribute_among_raw_files_of_others(host, pictures, tmp_path):
     assert main([*words, "--overwrite"]) == 0
     np.savez(out / "pickled.npz", map=np.array([{}], dtype=object))
     (out / "text.npz").write_text("no archive")
+    (out / "empty.npz").write_bytes(b"")
+    with (out / "plain.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
     assert main([*words, "--overwrite", "--target", "3"]) == 0
-    with np.load(out / "0.npz") as raw:
-        assert raw["target"] == 3
+    whole = (out / "0.npz").read_bytes()
+    for damage in (b"", whole[:200], whole[:100] + bytes([whole[100] ^ 255]) + whole[101:]):
+        (out / "0.npz").write_bytes(damage)
+        assert main([*words, "--target", "3"]) == 0  # made again
+        with np.load(out / "0.npz") as raw:
+            assert raw["target"] == 3 and np.isfinite(raw["map"]).all()
     assert (out / "pickled.npz").is_file() and (out / "text.npz").is_file()
 
 

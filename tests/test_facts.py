@@ -129,6 +129,26 @@ class TestRestricted:
         assert not torch.allclose(inside, outside)
 
 
+def test_reference_statistics_hold_for_what_the_host_computes_now():
+    """Also after what its state does not show: `parameter.data`, an attribute of its own."""
+    host, x = tiny(), images(3)
+    ibx.attribute(host, x, layer="stages.1", steps=2)
+    for parameter in host.parameters():
+        parameter.data.mul_(1.5)
+    fresh = tiny()
+    fresh.load_state_dict(host.state_dict())
+    expected = ibx.attribute(fresh, x, layer="stages.1", steps=2)
+    assert torch.equal(ibx.attribute(host, x, layer="stages.1", steps=2), expected)
+
+
+def test_another_module_or_parameter_is_another_host():
+    host, seen = tiny(), []
+    for change in range(30):
+        remembered(host, "a", lambda change=change: seen.append(change))
+        host.stem = torch.nn.Conv2d(3, 8, 3)  # often where the last one was
+    assert seen == list(range(30))
+
+
 class TestHooksOfTheUsers:
     def test_one_that_comes_later_counts(self):
         def halved(_module, _inputs, output):

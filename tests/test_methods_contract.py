@@ -270,6 +270,23 @@ def test_the_number_of_channels_is_told() -> None:
         ibx.attribute(host, images()[:, :1], method="grad_cam")
 
 
+@pytest.mark.parametrize("method", ["saliency", "grad_cam", "ib"])
+def test_images_of_six_channels(method: str) -> None:
+    host = timm.create_model("test_resnet", num_classes=4, in_chans=6).eval()
+    x = torch.cat([images(), images()], dim=1)
+    assert ibx.attribute(host, x, method=method, **QUICK.get(method, {})).shape == (2, 1, SIZE, SIZE)
+
+
+def test_an_option_as_long_as_there_are_images_is_no_row_an_image() -> None:
+    class Weighted:
+        def attribute(self, inputs: Tensor, target: Any = None, weights: Any = None) -> Tensor:
+            return inputs * weights.view(1, 3, 1, 1)
+
+    x, weights = pictures(3), torch.tensor([1.0, 2.0, 3.0])
+    maps = ibx.attribute(tiny(), x, method=Weighted(), weights=weights, batch_size=1)
+    assert_close(maps, (x * weights.view(1, 3, 1, 1)).sum(dim=1, keepdim=True))
+
+
 def test_layer_methods_of_captums_give_coarse_maps_of_many_channels() -> None:
     host, x = host_of("test_resnet"), images()
     method = LayerGradientXActivation(host, host.layer2)

@@ -376,7 +376,15 @@ def test_input_size_from_the_hosts_own_config() -> None:
     assert input_size_of(nn.DataParallel(model)) == (3, 96, 64)
 
 
-@pytest.mark.parametrize(("name", "options", "channels"), [("resnet10t", {"in_chans": 1}, 1), ("tresnet_m", {}, 3)])
+@pytest.mark.parametrize(
+    ("name", "options", "channels"),
+    [
+        ("resnet10t", {"in_chans": 1}, 1),
+        ("resnet10t", {"in_chans": 6}, 6),
+        ("crossvit_tiny_240", {"in_chans": 1}, 1),  # several first convolutions
+        ("tresnet_m", {}, 3),
+    ],
+)
 def test_the_number_of_channels_is_that_of_the_images(name, options, channels):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=2, **options)

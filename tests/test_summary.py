@@ -327,9 +327,13 @@ def test_a_mean_rank_lies_in_its_interval_where_a_metric_is_infinite():
     metrics = [MetricFacts(name, "perturbation", "u", True) for name in ("plain", "endless")]
     values = np.random.default_rng(0).normal(size=(2, 30))
     rows = [Row(i, f"{i}", m, "plain", values[k, i]) for k, m in enumerate("ab") for i in range(30)]
-    rows += [Row(i, f"{i}", m, "endless", math.inf) for m in "ab" for i in range(30)]
-    for rank in summarise(rows, metrics).mean_ranks.values():
-        assert rank.low <= rank.mean <= rank.high
+    for endless in ("ab", "b"):
+        finite = [Row(i, f"{i}", "a", "endless", values[0, i]) for i in range(30) if endless == "b"]
+        boundless = [Row(i, f"{i}", m, "endless", math.inf) for m in endless for i in range(30)]
+        found = summarise(rows + finite + boundless, metrics)
+        for rank in found.mean_ranks.values():
+            assert rank.low <= rank.mean <= rank.high
+        assert ("b", "endless") not in found.ranks
 
 
 def test_order_of_rows_changes_nothing():

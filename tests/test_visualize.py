@@ -212,6 +212,13 @@ def test_a_configuration_as_timm_once_kept_it(x):
     assert data_config(model)["mean"] == [0.1, 0.2, 0.3]
 
 
+@pytest.mark.parametrize("config", ["theirs", 3, {"mean": None, "std": (1.0, 1.0, 1.0)}])
+def test_an_attribute_of_that_name_that_is_none_of_timms(config):
+    model = torch.nn.Conv2d(3, 2, 3)
+    model.pretrained_cfg = config
+    assert data_config(model) is None
+
+
 def test_grey_images_get_three_channels(x):
     assert denormalize(x[:, :1]).shape == (3, 3, 24, 32)
 

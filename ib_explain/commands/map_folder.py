@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,8 +61,12 @@ class MapFolder:
         """Whether this image is done: there may be the map of another one of that name, with another digest."""
         if self._replaces:
             return False
-        there = self._picture(name).is_file() and _is_ours(self._raw(name))
-        return there and self.read(name)[0].get("digest") == digest()
+        if not (self._picture(name).is_file() and _is_ours(self._raw(name))):
+            return False
+        try:
+            return self.read(name)[0]["digest"] == digest()
+        except (OSError, ValueError, zlib.error, zipfile.BadZipFile):  # damaged: it is made again
+            return False
 
     def check_inputs(self, names: Iterable[str], images: Iterable[Path]) -> None:
         """Make sure that no picture would be written over an image that is explained, whatever `overwrite` says.
@@ -70,9 +75,9 @@ class MapFolder:
             ValueError: one would.
         """
         explained = {image.resolve() for image in images}
-        for name in names:
-            if self._picture(name).resolve() in explained:
-                told = f"{self._picture(name)} is one of the images, and its map would be written over it"
+        for picture in (*(self._picture(name) for name in names), self.path / SHEET):
+            if picture.resolve() in explained:
+                told = f"{picture} is one of the images and would be written over"
                 raise ValueError(f"{told}; name another --out")
 
     def add(self, name: str, heat: Tensor, facts: dict[str, Any], figure: Figure) -> None:
@@ -134,10 +139,11 @@ class MapFolder:
 def _is_ours(raw: Path) -> bool:
     """Whether a file is a raw map that this command wrote."""
     try:
-        with np.load(raw) as held:
-            return set(held.files) >= {"map", "image", "digest", "unit", "target"}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile):  # none, another's array, or damaged
+        with zipfile.ZipFile(raw) as held:
+            names = {name.removesuffix(".npy") for name in held.namelist()}
+    except (OSError, zipfile.BadZipFile):  # none, or no archive
         return False
+    return names >= {"map", "image", "digest", "unit", "target"}
 
 
 def plan_names(sources: Sequence[tuple[Path, Path]]) -> list[str]:

@@ -9,6 +9,7 @@ centred first, and the changed window is left out. A blurry map and one that ign
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -146,7 +147,10 @@ def _consistency(
     kept = torch.zeros_like(cosine, dtype=torch.bool)
     correct = torch.full_like(cosine, torch.nan)
     for draw in range(draws):
-        images, window, predicted = _modified(probe, modification, strength, draw, seed)
+        images, window = modified_images(probe.x, modification, strength=strength, draw=draw, seed=seed)
+        # Asked once for all maps; the images are cheaper to make again than to keep.
+        key = ("predicted", modification, strength, draw, seed)
+        predicted = probe.once(key, functools.partial(probe.predicted, images))
         kept[draw] = predicted == probe.logits.argmax(dim=1)
         if truth is not None:
             correct[draw] = (predicted == truth).float()
@@ -154,18 +158,6 @@ def _consistency(
             after = explained(explain, probe.model, images[same], probe.target[same], probe.batch_size)
             cosine[draw, same] = _centred_cosine(before[same][:, ~window], after[:, ~window])
     return Consistency(cosine, kept, correct)
-
-
-def _modified(
-    probe: Probe, modification: str, strength: float | None, draw: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`modified_images` and what the host says of them, once for all maps."""
-
-    def make() -> tuple[Tensor, Tensor, Tensor]:
-        images, window = modified_images(probe.x, modification, strength=strength, draw=draw, seed=seed)
-        return images, window, probe.predicted(images)
-
-    return probe.once(("modified", modification, strength, draw, seed), make)
 
 
 def _centred_cosine(first: Tensor, second: Tensor) -> Tensor:
