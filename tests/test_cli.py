@@ -291,6 +291,7 @@ def test_attribute_never_writes_over_the_images_themselves(host, pictures, tmp_p
     assert "0.png is one of the images and would be written over; name another --out" in told
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     (folder / "0.png").rename(folder / "sheet.png")
+    words[words.index(str(folder))] = str(folder / "sheet.png")
     assert "sheet.png is one of the images" in fails(capsys, *words, "--overwrite")
 
 
