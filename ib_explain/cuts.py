@@ -136,6 +136,6 @@ def _copy(output: Any) -> Any:
 
 def _spread(logits: Tensor) -> float:
     """Mean distance between the logits of different images; 0 below rounding."""
-    values = logits.double().cpu()
+    values = logits.cpu().double()  # in this order: not every device has float64
     mean = float(torch.pdist(values).mean())
     return mean if mean > 1e-6 * float(values.norm(dim=1).mean()) else 0.0

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
 from ib_explain.bottleneck.module import Bottleneck
@@ -52,7 +53,13 @@ def launched(device: torch.device) -> Iterator[Accelerator]:
     `Accelerator(mixed_precision=...)` of the user's would be refused.
     """
     theirs, processes = bool(AcceleratorState._shared_state), bool(PartialState._shared_state)
-    accelerator = Accelerator(cpu=device.type == "cpu")
+    # A slow method's batch may take longer than the ten minutes after which NCCL gives up on a process that waits.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    # A state that is there keeps its device; asked for the CPU, it would refuse.
+    accelerator = Accelerator(cpu=device.type == "cpu" and not theirs, kwargs_handlers=[patient])
+    if accelerator.num_processes > 1 and device.type == "cuda" and device != accelerator.device:
+        rank, own = accelerator.process_index, accelerator.device
+        raise ValueError(f"process {rank} of this launch must have its model on {own}, got {device}; move it there")
     try:
         yield accelerator
     finally:

@@ -64,7 +64,7 @@ def load_host(
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The named device, or, for None, this process's GPU if there is one, else the CPU.
+    """The named device; for "cuda" this process's GPU, for None that one if there is one, else the CPU.
 
     Raises:
         ValueError: no device of that name here.
@@ -76,6 +76,8 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % gpus) if gpus else torch.device("cpu")
     try:
         found = torch.device(device)
+        if found.type == "cuda" and found.index is None and gpus:  # of several processes, each has its own
+            return pick_device()
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError):
         have = ", ".join(["cpu", *(f"cuda:{i}" for i in range(gpus))])

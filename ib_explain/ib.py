@@ -583,6 +583,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         self, host: nn.Module, x: Tensor, target: Target, args: tuple[Any, ...], *, read: bool, gradient: bool
     ) -> tuple[Observation, Place]:
         """A clean pass at the place that holds for this input size; `read` the deeper layers, or only the site."""
+        if self._bottleneck is not None:
+            self._bottleneck.to(host_device(host))  # the user may have moved the host since
         size = _size(x)
         place = self._place
         if place is None or (not self.fitted and place.input_size != size):

@@ -202,7 +202,9 @@ def _none(count: int, error: Exception) -> Outcome:
 def _problem(error: Exception) -> tuple[str, str]:
     """Status and reason of a cell. What says nothing about the method is raised again: lack of memory, a dead GPU."""
     broken = getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError)
-    no_memory = type(error) is RuntimeError and "allocate memory" in str(error)  # torch's error on the CPU
+    # The errors of the CPU, of cuBLAS and cuDNN, and of Apple's GPUs have no class of their own.
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    no_memory = type(error) is RuntimeError and any(word in str(error) for word in words)
     if no_memory or isinstance(error, MemoryError | torch.cuda.OutOfMemoryError | broken):
         raise error
     try:

@@ -118,10 +118,11 @@ def _gaussian(sigma: float) -> Tensor:
 
 def _separable(x: Tensor, kernel: Tensor, padding: str) -> Tensor:
     channels, size = x.shape[1], kernel.numel()
-    rows = kernel.to(x).view(1, 1, size, 1).expand(channels, 1, size, 1)
-    padded = F.pad(x, (size // 2,) * 4, mode=padding)
+    exact = x if x.dtype == torch.float64 else x.float()  # sums of half-precision images
+    rows = kernel.to(exact).view(1, 1, size, 1).expand(channels, 1, size, 1)
+    padded = F.pad(exact, (size // 2,) * 4, mode=padding)
     blurred = F.conv2d(padded, rows, groups=channels)
-    return F.conv2d(blurred, rows.transpose(2, 3), groups=channels)
+    return F.conv2d(blurred, rows.transpose(2, 3), groups=channels).to(x.dtype)
 
 
 def _mean(x: Tensor) -> Tensor:

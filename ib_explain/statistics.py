@@ -58,7 +58,7 @@ class RunningMoments:
         axes = (0,) if self.per_element else (0, 2, 3)
         mean = values.mean(dim=axes, keepdim=True)
         squares = (values - mean).square().sum(dim=axes, keepdim=True)
-        self._join(len(values), values.numel() // mean.numel(), mean.double().cpu(), squares.double().cpu())
+        self._join(len(values), values.numel() // mean.numel(), mean.cpu().double(), squares.cpu().double())
 
     def merge(self, other: RunningMoments) -> None:
         """Add what another estimate has seen."""
@@ -104,7 +104,7 @@ class RunningMean:
         """Add a batch of each tensor."""
         if not tensors:
             return
-        sums = [t.detach().double().sum(dim=0, keepdim=True).cpu() for t in tensors]
+        sums = [t.detach().cpu().double().sum(dim=0, keepdim=True) for t in tensors]
         self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.sums else sums
         self.images += len(tensors[0])
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ib_explain.bottleneck.anchors import Anchors
 from ib_explain.bottleneck.module import Bottleneck
 from ib_explain.data.batches import Share
-from ib_explain.hooks import host_device
+from ib_explain.hooks import host_device, host_dtype
 from ib_explain.objective import PRICE, location_price, nats_at_stake, rate, worth_fitting
 from ib_explain.observation import Observation, observe
 from ib_explain.places import Place
@@ -102,7 +102,8 @@ class Trainer:
             groups.append({"params": relevance, "lr": settings.lr})
         self.optimiser = torch.optim.Adam(groups)
         device = host_device(host)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        halved = settings.precision == "fp16" or host_dtype(host) == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=halved)
         self.autocast = functools.partial(
             torch.autocast, device.type, PRECISIONS[settings.precision], enabled=settings.precision != "fp32"
         )

@@ -112,6 +112,7 @@ class RelevanceNetwork(_GridNetwork):
 
 def unit_scale(values: Tensor) -> Tensor:
     """Divide each image's values by their root mean square: only the pattern counts, not the scale of logits."""
+    values = values.float()  # squares leave the range of half precision
     scale = values.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
     return values / scale.clamp_min(1e-12)
 

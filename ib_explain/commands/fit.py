@@ -23,6 +23,7 @@ from ib_explain.commands.common import (
 )
 from ib_explain.data.images import ImageFiles, LabelledImages, UnreadableImage, open_dataset
 from ib_explain.files import check_replaceable, remove_folder
+from ib_explain.hooks import host_device
 from ib_explain.ib import IBAttention
 from ib_explain.io import FILES
 
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         args.batch_size,
         shuffle=sized,
         num_workers=args.workers,
+        pin_memory=host_device(host).type == "cuda",
         drop_last=sized and len(data) >= args.batch_size,  # type: ignore[arg-type]
     )
     first = int(os.environ.get("RANK", "0")) == 0

@@ -207,10 +207,11 @@ class DeepLift:
         structure = inspect(call.model, call.x)
         check_deep_lift(call.model, structure)
         classes, rows = call.classes(), max(1, call.copies_per_pass * len(call.x) // 2)
+        eps = max(1e-10, torch.finfo(call.x.dtype).tiny)  # Captum's own is zero in half precision
         maps = []
         with for_captum(call.model, structure.calls) as host:
             for x, target in zip(call.x.split(rows), classes.split(rows), strict=True):
-                maps.append(_sum(Peer(host).attribute(x.detach().clone(), target=target)))
+                maps.append(_sum(Peer(host, eps=eps).attribute(x.detach().clone(), target=target)))
         return torch.cat(maps)
 
 

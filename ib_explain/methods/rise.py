@@ -48,11 +48,12 @@ class RISE:
         generator = generator_of(call.seed)
         cells = uniform(generator, self.masks, self.cells, self.cells) < self.keep
         shifts = uniform(generator, self.masks, 2)
+        cells, shifts = cells.to(call.x.device), shifts.to(call.x.device)
         heat = call.x.new_zeros((len(call.x), *call.size), dtype=torch.float32)
         classes = call.classes()
         with torch.no_grad():
             for part, shift in zip(cells.split(call.copies_per_pass), shifts.split(call.copies_per_pass), strict=True):
-                masks = rise_masks(part.to(call.x.device), shift.to(call.x.device), call.size)
+                masks = rise_masks(part, shift, call.size)
                 scores = masked_scores(call.model, call.x, masks[None], classes, probability=True)
                 heat += torch.einsum("bm,mhw->bhw", scores, masks)
         return heat[:, None] / (self.masks * self.keep)

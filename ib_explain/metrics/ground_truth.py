@@ -128,9 +128,10 @@ def centred_gaussian(size: tuple[int, int], sigma: float = 0.2, *, device: torch
     """
     if not sigma > 0:
         raise ValueError(f"sigma must be > 0 (a share of each side), got {sigma}")
-    along, across = (_bell(torch.arange(n, device=device, dtype=torch.float64) - (n - 1) / 2, sigma * n) for n in size)
+    # On the CPU: not every device has float64.
+    along, across = (_bell(torch.arange(n, dtype=torch.float64, device="cpu") - (n - 1) / 2, sigma * n) for n in size)
     density = along[:, None] * across
-    return (density / density.sum())[None, None].float()
+    return (density / density.sum())[None, None].float().to(device or "cpu")
 
 
 def _bell(distance: Tensor, sigma: float) -> Tensor:
