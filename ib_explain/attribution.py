@@ -15,7 +15,6 @@ from ib_explain.hooks import frozen, host_device, map_tensors, run_host, unwrap
 from ib_explain.methods.base import METHODS, Call
 from ib_explain.progress import Progress
 from ib_explain.randomness import check_seed, seeded
-from ib_explain.sites import input_size_of
 from ib_explain.targets import Target, resolve_target, spread_target
 
 __all__ = ["as_maps", "attribute", "available_methods", "check_host", "method_runner"]
@@ -75,19 +74,9 @@ def attribute(
             chosen = None if target is None else target[rows]
             if hasattr(method, "attribute"):
                 run = method_runner(method, {name: _rows(name, value, x, rows) for name, value in options.items()})
-            maps.append(as_maps(_run(run, Call(host, part, chosen, layer, seed, batch_size)), part))
+            maps.append(as_maps(run(Call(host, part, chosen, layer, seed, batch_size)), part))
             progress.step(len(part))
     return torch.cat(maps)
-
-
-def _run(run: Callable[[Call], Any], call: Call) -> Any:
-    try:
-        return run(call)
-    except RuntimeError as error:
-        expected, got = input_size_of(call.model)[0], call.x.shape[1]
-        if got == expected:
-            raise
-        raise ValueError(f"x must have {expected} channels, got {got}, which the model refuses: {error}") from error
 
 
 def _rows(name: str, option: Any, x: Tensor, rows: slice) -> Any:

@@ -308,7 +308,7 @@ def run_host(model: nn.Module, x: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
     """Run the host and check that it returned logits (B, K).
 
     Raises:
-        ValueError: anything else came out.
+        ValueError: anything else came out, or the model refuses images of so many channels.
         TypeError: the model refuses images of another precision than its own.
     """
     try:
@@ -316,6 +316,8 @@ def run_host(model: nn.Module, x: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
     except RuntimeError as error:
         if x.dtype != host_dtype(model):
             raise TypeError(f"images must be {host_dtype(model)} as the model is, got {x.dtype}: {error}") from error
+        if type(error) is RuntimeError and "channels" in str(error):
+            raise ValueError(f"the model refuses images of {x.shape[1]} channels: {error}") from error
         raise
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

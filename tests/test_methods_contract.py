@@ -266,8 +266,11 @@ def test_options_with_a_row_an_image_are_cut_with_the_images() -> None:
 
 def test_the_number_of_channels_is_told() -> None:
     host = host_of("test_resnet")
-    with pytest.raises(ValueError, match="x must have 3 channels, got 1"):
-        ibx.attribute(host, images()[:, :1], method="grad_cam")
+    for target in (None, 1):
+        with pytest.raises(ValueError, match="the model refuses images of 1 channels: .* to have 3 channels"):
+            ibx.attribute(host, images()[:, :1], method="rise", target=target, masks=2)
+    with pytest.raises(ValueError, match="inputs must have 3 channels, got 1"):
+        ibx.attribute(host, images()[:, :1])
 
 
 @pytest.mark.parametrize("method", ["saliency", "grad_cam", "ib"])
