@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_images, check_maps, check_positive_int, take_options
-from ib_explain.hooks import frozen, host_device, map_tensors, run_host, unwrap
+from ib_explain.hooks import frozen, host_device, run_host, unwrap
+from ib_explain.layouts import map_tensors
 from ib_explain.methods.base import METHODS, Call
 from ib_explain.progress import Progress
 from ib_explain.randomness import check_seed, seeded

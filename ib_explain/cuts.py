@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ib_explain.hooks import capture, frozen, map_tensors, run_host
-from ib_explain.layouts import Layout
+from ib_explain.hooks import capture, frozen, run_host
+from ib_explain.layouts import Layout, map_tensors
 from ib_explain.randomness import generator_of, normal
 from ib_explain.statistics import RunningMoments
 from ib_explain.stripes import probe_batch

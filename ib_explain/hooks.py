@@ -7,7 +7,6 @@ by `ib_explain.tails`. None of them changes a parameter, and none swallows an ex
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import sys
 import threading
@@ -30,7 +29,6 @@ __all__ = [
     "frozen",
     "host_device",
     "host_dtype",
-    "map_tensors",
     "module_name",
     "on_own_level",
     "outside_inference_mode",
@@ -440,19 +438,3 @@ def replace_output(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Apply `change` to every tensor in nested tuples, lists and dicts; other values stay as they are."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(v, change) for v in value))
-    if isinstance(value, tuple | list):
-        return type(value)(map_tensors(v, change) for v in value)
-    if isinstance(value, dict):
-        changed = copy.copy(value)
-        for key, item in value.items():
-            changed[key] = map_tensors(item, change)
-        return changed
-    return value

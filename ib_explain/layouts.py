@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "leaves", "unfold"]
+__all__ = ["Layout", "leaves", "map_tensors", "unfold"]
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,22 @@ def leaves(output: Any, path: tuple[int | str, ...] = ()) -> Iterator[tuple[tupl
     elif isinstance(output, dict):
         for key, value in output.items():
             yield from leaves(value, (*path, key))
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Apply `change` to every tensor in nested tuples, lists and dicts; other values stay as they are."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(v, change) for v in value))
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(v, change) for v in value)
+    if isinstance(value, dict):
+        changed = copy.copy(value)
+        for key, item in value.items():
+            changed[key] = map_tensors(item, change)
+        return changed
+    return value
 
 
 def unfold(leaf: Tensor, batch_axis: int, fold: int) -> Tensor:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ib_explain.hooks import (
     LayerError,
     find_module,
-    map_tensors,
     on_own_level,
     replace_output,
     run_host,
     unwrap,
     users_hooks_silent,
 )
+from ib_explain.layouts import map_tensors
 
 __all__ = ["Tail", "TailRecorder"]
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ib_explain.hooks import capture, find_module, frozen, map_tensors, module_name, replace_output, run_host, unwrap
+from ib_explain.hooks import capture, find_module, frozen, module_name, replace_output, run_host, unwrap
+from ib_explain.layouts import map_tensors
 from ib_explain.tails import Tail, TailRecorder
 from tests.models import TinyCNN
 
