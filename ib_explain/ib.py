@@ -334,7 +334,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             raise ValueError(f"refine must be an integer >= 0, got {refine!r}")
         if refine and not self.fitted:
             raise ValueError(f"refine starts from a fitted attention; call .fit(data) first, got refine={refine}")
-        check_output(output, self.gate, fitted=self.fitted and self.relevance)
+        check_output(output, self.gate, relevance=self.fitted and self.relevance)
         if output == "relevance" and refine:
             raise ValueError(f"refine moves the attention, and relevance does not depend on it; got {refine}")
 
@@ -357,7 +357,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 fitted bottleneck, else smooth noise images.
             output: as in `attribute`.
         """
-        check_output(output, self.gate, fitted=False)
+        check_output(output, self.gate, relevance=False)
         return self._maps(inputs, target, None, settings, output, fitted=False, reference=reference)
 
     def information(self, inputs: Tensor) -> Tensor:
@@ -665,8 +665,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         return restriction, seen, place.site.layout, value
 
 
-def check_output(output: str, gate: str, *, fitted: bool) -> None:
-    """Refuse an output that a gate does not give; `fitted` with relevance, it gives that too.
+def check_output(output: str, gate: str, *, relevance: bool) -> None:
+    """Refuse an output that a gate does not give, or "relevance" where that was not learned.
 
     Raises:
         ValueError: no such gate or output (with the nearest names), or none that this gate gives.
@@ -675,7 +675,7 @@ def check_output(output: str, gate: str, *, fitted: bool) -> None:
         raise ValueError(f"unknown output {output!r}{did_you_mean(str(output), OUTPUTS)}")
     if output == "bits" and not GATES.get(gate).measures_bits:
         raise ValueError(f"the {gate!r} gate passes everything, so it has no bits; use output='attention'")
-    if output == "relevance" and not fitted:
+    if output == "relevance" and not relevance:
         raise ValueError("relevance is learned in a fit: IBAttention(model, relevance=True).fit(data)")
 
 

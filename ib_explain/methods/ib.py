@@ -45,7 +45,7 @@ class PerImageIB:
         check_number(self.lr, "lr", above=0)
         if self.beta is not None:
             check_number(self.beta, "beta", above=0)
-        check_output(self.output, self.gate, fitted=False)
+        check_output(self.output, self.gate, relevance=False)
         check_reference(self.reference)
 
     def __call__(self, call: Call) -> Tensor:
