@@ -126,12 +126,12 @@ def test_a_resized_map_is_the_square_of_the_interpolated_roots():
     assert fine.max() == fine[249:251, 249:251].max() and fine[:, :150].sum() == 0
 
 
-def test_no_gradient_is_too_small_for_its_digits():
+@pytest.mark.parametrize(("upstream", "left"), [(1.0, True), (1e-20, True), (1e-39, False)])
+def test_no_gradient_is_too_small_for_its_digits(upstream, left):
     """Such numbers, which a GELU far below zero gives, took half of a fit's time on a CPU."""
-    values = torch.linspace(-20, 5, 2001).requires_grad_()
-    (expected,) = torch.autograd.grad(torch.nn.functional.gelu(values).sum(), values)
-    (gradient,) = torch.autograd.grad(_gelu(values).sum(), values)
-    tiny = torch.finfo(torch.float32).tiny
-    assert ((expected != 0) & (expected.abs() < tiny)).any()
-    assert not ((gradient != 0) & (gradient.abs() < 1e-30)).any()
-    assert torch.equal(gradient[expected.abs() > 1e-30], expected[expected.abs() > 1e-30])
+    values = torch.linspace(-3, 5, 81).requires_grad_()
+    given = torch.full_like(values, upstream)
+    (expected,) = torch.autograd.grad(torch.nn.functional.gelu(values), values, given)
+    (gradient,) = torch.autograd.grad(_gelu(values), values, given)
+    assert (expected != 0).any()
+    assert torch.equal(gradient, expected if left else torch.zeros_like(expected))
