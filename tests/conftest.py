@@ -6,7 +6,9 @@ import pytest
 from torch import Tensor, nn
 
 from ib_explain.figures import LIGHT, Plot
+from ib_explain.ib import IBAttention
 from ib_explain.leaderboard import Leaderboard
+from tests.explaining import fitted
 from tests.models import images, tiny
 from tests.reporting import make_store, png
 
@@ -19,6 +21,18 @@ def host() -> nn.Module:
 @pytest.fixture(scope="module")
 def x() -> Tensor:
     return images(6)
+
+
+@pytest.fixture(scope="module")
+def cnn() -> tuple[IBAttention, nn.Module]:
+    """A fitted bottleneck and its host."""
+    return fitted("cnn")
+
+
+@pytest.fixture(scope="module", params=["cnn", "vit", "nhwc"])
+def pair(request) -> tuple[IBAttention, nn.Module]:
+    """The same for a host of each layout."""
+    return fitted(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -16,25 +16,8 @@ from ib_explain.ib import IBAttention
 from ib_explain.maps import resize, spread, without_lattice
 from ib_explain.objective import location_price, rate
 from ib_explain.per_image import REFINING_LR, PerImageSettings
+from tests.explaining import fitted
 from tests.models import images, tiny
-
-KINDS = ["cnn", "vit", "nhwc"]
-
-
-def fitted(kind="cnn", **options):
-    host = tiny(kind)
-    data = [images(8, seed=s) for s in range(3)]
-    return IBAttention(host, **options).fit(data, steps=12, beta=0.01, show_progress=False), host
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def pair(request):
-    return fitted(request.param)
-
-
-@pytest.fixture(scope="module")
-def cnn():
-    return fitted("cnn")
 
 
 def facts(host):

@@ -9,12 +9,6 @@ import torch
 import ib_explain as ibx
 from ib_explain.ib import IBAttention
 from tests.models import images, tiny
-from tests.test_ib import fitted
-
-
-@pytest.fixture(scope="module")
-def cnn():
-    return fitted("cnn")
 
 
 class TestTargets:

@@ -6,17 +6,7 @@ import torch
 import ib_explain as ibx
 from ib_explain.ib import IBAttention
 from tests.models import CLASSES, images, tiny
-from tests.test_ib import KINDS, assert_same, facts, fitted
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def pair(request):
-    return fitted(request.param)
-
-
-@pytest.fixture(scope="module")
-def cnn():
-    return fitted("cnn")
+from tests.test_ib import assert_same, facts
 
 
 class TestRestrict:
