@@ -128,7 +128,7 @@ def test_a_resized_map_is_the_square_of_the_interpolated_roots():
 
 @pytest.mark.parametrize(("upstream", "left"), [(1.0, True), (1e-20, True), (1e-39, False)])
 def test_no_gradient_is_too_small_for_its_digits(upstream, left):
-    """Such numbers, which a GELU far below zero gives, took half of a fit's time on a CPU."""
+    """Such numbers, which a GELU far below zero gives, slow a CPU down."""
     values = torch.linspace(-3, 5, 81).requires_grad_()
     given = torch.full_like(values, upstream)
     (expected,) = torch.autograd.grad(torch.nn.functional.gelu(values), values, given)

@@ -133,7 +133,7 @@ def class_evidence(features: Tensor, gradient: Tensor) -> Tensor:
 def _gelu(values: Tensor) -> Tensor:
     """GELU without the gradients of which nothing is left: far below zero its slope is under `LEAST_GRADIENT`.
 
-    Numbers under 1e-38 have no full digits, and CPUs take ten times as long for them: half the time of a fit to a small
+    Numbers under 1e-38 have no full digits, and CPUs take many times as long for them, a good part of a fit to a small
     host. Sums of gradients do not see what is left out here.
     """
     if values.requires_grad:
