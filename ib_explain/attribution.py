@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_images, check_maps, check_positive_int, take_options
-from ib_explain.hooks import frozen, host_device, run_host, unwrap
+from ib_explain.facts import with_fresh_facts
+from ib_explain.hooks import frozen, host_device, run_host, unharmed, unwrap
 from ib_explain.layouts import map_tensors
 from ib_explain.methods.base import METHODS, Call
 from ib_explain.progress import Progress
 from ib_explain.randomness import check_seed, seeded
+from ib_explain.survey import refused_sizes_told
 from ib_explain.targets import Target, resolve_target, spread_target
 
-__all__ = ["as_maps", "attribute", "available_methods", "check_host", "method_runner"]
+__all__ = ["as_maps", "attribute", "available_methods", "check_host", "method_runner", "run_method"]
 
 
 def attribute(
@@ -61,7 +64,12 @@ def attribute(
     run = method_runner(method, options)
     seed = check_seed(seed)
     size = len(x) if batch_size is None else check_positive_int(batch_size, "batch_size")
-    with frozen(model) as host, seeded(seed), Progress(len(x), "attribute", show=show_progress) as progress:
+    with (
+        frozen(model) as host,
+        seeded(seed),
+        refused_sizes_told(host, tuple(x.shape[1:])),
+        Progress(len(x), "attribute", show=show_progress) as progress,
+    ):
         if target is not None:  # checked before anything is computed, by methods of one pass within that pass
             target = spread_target(target, len(x)).to(x.device)
             if not getattr(method if hasattr(method, "attribute") else run, "resolves_target", False):
@@ -75,7 +83,8 @@ def attribute(
             chosen = None if target is None else target[rows]
             if hasattr(method, "attribute"):
                 run = method_runner(method, {name: _rows(name, value, x, rows) for name, value in options.items()})
-            maps.append(as_maps(run(Call(host, part, chosen, layer, seed, batch_size)), part))
+            explain = functools.partial(run_method, run, Call(host, part, chosen, layer, seed, batch_size))
+            maps.append(as_maps(with_fresh_facts(host, explain), part))
             progress.step(len(part))
     return torch.cat(maps)
 
@@ -114,7 +123,7 @@ def method_runner(method: Any, options: dict[str, Any]) -> Callable[[Call], Any]
         known = sorted(_keywords(take) - {"inputs", "target"})
         chosen = take_options(options, known, f"{type(method).__name__}.attribute")
         if getattr(method, "resolves_target", False):  # ours: None is the top-1, found in the same pass
-            return lambda call: take(call.x, target=call.target, **chosen)
+            return _Fitted(take, chosen)
 
         def explain(call: Call) -> Any:
             x, classes = _copies(call)
@@ -134,6 +143,25 @@ def method_runner(method: Any, options: dict[str, Any]) -> Callable[[Call], Any]
         "method must be a name, a fitted IBAttention, an object with attribute(inputs, target=...) or a function "
         f"f(model, x, target), got {type(method).__name__}"
     )
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """`IBAttention.attribute` with its options."""
+
+    attribute: Callable[..., Any]
+    options: dict[str, Any]
+
+    def __call__(self, call: Call) -> Any:
+        return self.attribute(call.x, target=call.target, **self.options)
+
+
+def run_method(run: Callable[[Call], Any], call: Call) -> Any:
+    """What a method answers; one that is not the package's own cannot leave the host's buffers changed."""
+    if type(run).__module__.startswith("ib_explain."):
+        return run(call)
+    with unharmed(call.model):
+        return run(call)
 
 
 def _copies(call: Call) -> tuple[Tensor, Tensor]:
@@ -192,9 +220,11 @@ def as_maps(maps: Any, x: Tensor) -> Tensor:
         maps = maps[:, None]
     if maps.ndim != 4 or maps.shape[0] != x.shape[0]:
         raise ValueError(f"the method must return one map for each of the {len(x)} images, got {tuple(maps.shape)}")
+    if maps.is_complex():
+        raise TypeError(f"the method must return real maps, got {maps.dtype}")
     (height, width), (rows, columns) = x.shape[2:], maps.shape[2:]
     alike = abs(rows / height - columns / width) <= max(1 / height, 1 / width)  # a grid of the image's proportions
-    if not alike:
+    if not alike or rows > height or columns > width:
         wanted = f"(B, 1, {height}, {width}), or a coarser grid of these proportions"
         raise ValueError(f"the method must return {wanted}, got {tuple(maps.shape)}")
     maps = maps.detach().to(x.device, torch.float32).sum(dim=1, keepdim=True)

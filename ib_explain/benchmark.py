@@ -109,7 +109,7 @@ def benchmark(
             raise ValueError("target='label' needs labels, which the data does not have")
         settings = {
             "model": _model_facts(host, classes),
-            "data": source.facts() | ({"name": data_name} if data_name else {}),
+            "data": source.facts(),
             "target": target,
             "seed": seed,
             **({} if layer is None else {"layer": layer}),
@@ -118,6 +118,7 @@ def benchmark(
         }
         info = {
             "reference": reference,
+            **({"data": data_name} if data_name else {}),
             "command": shlex.join(sys.argv),
             "device": _device(host_device(model)),
             "processes": accelerator.num_processes,
@@ -136,7 +137,11 @@ def benchmark(
             seed=seed,
             fixations=source.all_fixations() if any("other" in metric.needs for metric in chosen) else None,
         )
-        _run(measure, source, store, accelerator, show_progress)
+        try:
+            _run(measure, source, store, accelerator, show_progress)
+        except BaseException:
+            store.discard_if_empty()
+            raise
         board = Leaderboard.of(store, reference=reference)
         if accelerator.is_main_process:
             if out is not None:

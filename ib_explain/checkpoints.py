@@ -25,12 +25,24 @@ def check_checkpoint_folder(path: str | Path) -> None:
 
     Raises:
         FileExistsError: it holds other files, or a saved bottleneck, which a checkpoint would replace.
+        ValueError: a checkpoint that lacks a file.
         OSError: the place cannot be written to.
     """
     check_replaceable(path, CHECKPOINT_FILES)
     path = Path(path)
     if (path / CONFIG).exists() and not (path / OPTIMISER).exists():
+        if _tells_a_run(path / CONFIG):
+            raise ValueError(
+                f"{path} is a damaged checkpoint: it has no {OPTIMISER}; remove it, or name another folder"
+            )
         raise FileExistsError(f"{path} holds a saved bottleneck; name another folder for checkpoints")
+
+
+def _tells_a_run(config: Path) -> bool:
+    try:
+        return "run" in json.loads(config.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, RecursionError, TypeError, UnicodeDecodeError):
+        return False
 
 
 def write_checkpoint(

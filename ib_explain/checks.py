@@ -40,6 +40,7 @@ def check_images(
     size: tuple[int, int, int] | None = None,
     device: torch.device | None = None,
     name: str = "x",
+    inference: bool = False,
 ) -> Tensor:
     """Check a batch of normalised float images and return it unchanged.
 
@@ -49,6 +50,7 @@ def check_images(
         size: expected (C, H, W), if it must be that of other images.
         device: where the host's parameters live; the images must be there too.
         name: what the error calls the argument.
+        inference: tensors made under inference_mode will do.
 
     Raises:
         TypeError: not a tensor, or not floating point.
@@ -65,15 +67,14 @@ def check_images(
     if x.numel() == 0:
         raise ValueError(f"{name} must hold at least one image, got shape {tuple(x.shape)}")
     if channels is not None and x.shape[1] != channels:
-        raise ValueError(f"{name} must have {channels} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
+        wanted = f"{channels} channel{'s' * (channels > 1)}"
+        raise ValueError(f"{name} must have {wanted}, got {x.shape[1]} (shape {tuple(x.shape)})")
     if size is not None and tuple(x.shape[1:]) != size:
         raise ValueError(f"{name} must hold images of size {size}, got {tuple(x.shape[1:])}")
     if device is not None and x.device != device:
         raise ValueError(f"{name} is on {x.device} but the model is on {device}; move it with {name}.to('{device}')")
-    if x.is_inference():
-        raise ValueError(
-            f"{name} was made under torch.inference_mode() and cannot be differentiated; pass {name}.clone()"
-        )
+    if x.is_inference() and not inference:
+        raise ValueError(f"{name} came from torch.inference_mode() and cannot be differentiated; pass {name}.clone()")
     _check_finite(x, name)
     return x
 

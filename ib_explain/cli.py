@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # argparse takes one run of positional words; here they may stand between options
         args.images += map(Path, rest[:end] + rest[end + 1 :])
     elif rest:
-        return _say(f"unknown arguments: {' '.join(rest)}; see `ib-explain {args.command} --help`", MISTAKE)
+        unknown = " ".join([word for word in rest if word.startswith("-")] or rest)
+        hint = "; a file of such a name is given as ./-NAME" if hasattr(args, "images") else ""
+        return _say(f"unknown arguments: {unknown}; see `ib-explain {args.command} --help`{hint}", MISTAKE)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -74,13 +76,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(commands: Commands) -> None:
     demo = commands.add_parser(
         "demo",
-        help="the whole path on pictures with known evidence; offline, about two minutes",
+        help="the whole path on pictures with known evidence; offline, about a minute",
         description="Fit a bottleneck on a small shipped classifier of synthetic pictures, draw maps, and measure "
         "whether they find the evidence, beside Grad-CAM and a centred Gaussian. Needs no data and no network.",
         epilog="example:\n  ib-explain demo --out ib-demo\n",
     )
     _out(demo, "folder of the results", "ib-demo")
-    demo.add_argument("--overwrite", action="store_true", help="replace the results of an earlier demo")
+    demo.add_argument("--overwrite", action="store_true", help="write into a folder that holds other files")
     _compute(demo, batch_size=None)
 
 
@@ -95,7 +97,7 @@ def _add_layers(commands: Commands) -> None:
         "  ib-explain layers resnet18 --input-size 128 --out sites.csv\n",
     )
     _host(layers, layer="dotted name of one layer (default: all)")
-    _compute(layers, batch_size=None)
+    _device(layers)
     layers.add_argument("--out", type=Path, metavar="FILE", help="also write the table as CSV")
     layers.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
 
@@ -119,20 +121,16 @@ def _add_fit(commands: Commands) -> None:
         metavar="N",
         help="batches (default: 6,400 images, 12,800 with --reads features)",
     )
-    fit.add_argument(
-        "--gate", default="gaussian", metavar="NAME", help="gaussian, noise or residual (default: gaussian)"
-    )
-    fit.add_argument("--reads", default="gradient", metavar="WHAT", help="gradient or features (default: gradient)")
+    _choice(fit, "--gate", ("gaussian", "noise", "residual"))
+    _choice(fit, "--reads", ("gradient", "features"))
     fit.add_argument(
         "--anchors", type=_natural, default=0, metavar="N", help="learnable levels of attention (default: 0, none)"
     )
     fit.add_argument(
         "--relevance", action="store_true", help="also learn label bits, for `attribute --output relevance`"
     )
-    fit.add_argument(
-        "--objective", default="prediction", metavar="WHAT", help="prediction or label (default: prediction)"
-    )
-    fit.add_argument("--precision", metavar="TYPE", help="fp32, bf16 or fp16 (default: the launcher's, else fp32)")
+    _choice(fit, "--objective", ("prediction", "label"))
+    _choice(fit, "--precision", ("fp32", "bf16", "fp16"), default="the launcher's, else fp32")
     _out(fit, "folder of the bottleneck", "MODEL-ib")
     again = fit.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue an interrupted fit")
@@ -144,7 +142,8 @@ def _add_attribute(commands: Commands) -> None:
         "attribute",
         help="maps of images: a picture and the raw numbers of each",
         description="Draw where the evidence for a class is. With --bottleneck about one forward and one backward pass "
-        "an image; without it, the attention is optimised for each. The same command continues an interrupted run.",
+        "an image; without it, the attention is optimised for each. The same command continues an interrupted run, and "
+        "with other images adds their maps.",
         epilog="examples:\n"
         "  ib-explain attribute resnet50 --pretrained cat.jpg holiday/ --out maps\n"
         "  ib-explain attribute resnet50 --pretrained --bottleneck resnet50-ib --refine 10 cat.jpg --target 281\n"
@@ -155,7 +154,7 @@ def _add_attribute(commands: Commands) -> None:
     _data(attribute)
     attribute.add_argument("--limit", type=_positive, metavar="N", help="only the first N images")
     attribute.add_argument("--bottleneck", type=Path, metavar="FOLDER", help="a fitted bottleneck, from `fit`")
-    attribute.add_argument("--target", type=int, metavar="CLASS", help="class index (default: the model's top-1)")
+    attribute.add_argument("--target", type=_natural, metavar="CLASS", help="class index (default: the model's top-1)")
     attribute.add_argument("--method", default="ib", metavar="NAME", help="attribution method (default: ib)")
     attribute.add_argument(
         "--refine",
@@ -241,7 +240,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
 
 
 def _compute(parser: argparse.ArgumentParser, *, batch_size: int | None) -> None:
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    _device(parser)
     parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="random seed (default: 0)")
     if batch_size is not None:
         parser.add_argument(
@@ -251,6 +250,27 @@ def _compute(parser: argparse.ArgumentParser, *, batch_size: int | None) -> None
             metavar="N",
             help=f"images at a time (default: {batch_size})",
         )
+
+
+def _device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
+def _choice(
+    parser: argparse.ArgumentParser, option: str, choices: tuple[str, ...], *, default: str | None = None
+) -> None:
+    """An option of a few words; without `default`, which tells what its absence means, the first one is it."""
+    listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+
+    def word(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"must be {listed}, got {text!r}")
+        return text
+
+    chosen = choices[0] if default is None else None
+    parser.add_argument(
+        option, type=word, default=chosen, metavar="WHAT", help=f"{listed} (default: {default or chosen})"
+    )
 
 
 def _out(parser: argparse.ArgumentParser, what: str, default: str) -> None:

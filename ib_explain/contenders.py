@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ib_explain.attribution import as_maps, check_host, method_runner
+from ib_explain.attribution import as_maps, check_host, method_runner, run_method
 from ib_explain.hooks import find_module, frozen, module_name, unwrap
 from ib_explain.ib import OUTPUTS, IBAttention
 from ib_explain.methods import METHODS
@@ -63,6 +63,7 @@ class Contender:
 
         Raises:
             NotApplicable: the method says so, or belongs to another host.
+            HostChanged: it changed the host's weights.
             Exception: whatever the method raises; ValueError for maps of another shape or with NaN.
         """
         if self.made_for is not None and unwrap(model) is not self.made_for:
@@ -72,7 +73,7 @@ class Contender:
         maps = []
         with frozen(model) as host, seeded(seed):
             for part, classes in zip(x.split(batch_size or len(x)), target.split(batch_size or len(x)), strict=True):
-                maps.append(as_maps(self.run(kind(host, part, classes, chosen, seed, batch_size)), part))
+                maps.append(as_maps(run_method(self.run, kind(host, part, classes, chosen, seed, batch_size)), part))
         return torch.cat(maps)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
-from ib_explain.hooks import capture, frozen, run_host
+from ib_explain.hooks import capture, frozen, on_own_level, registered, run_host
 from ib_explain.layouts import Layout, map_tensors
 from ib_explain.randomness import generator_of, normal
 from ib_explain.statistics import RunningMoments
@@ -44,6 +47,11 @@ class CleanPass:
         if bad := int((~torch.isfinite(logits)).sum()):
             raise ValueError(f"model gives {bad} NaN or infinite logits for images of smooth noise")
         self.spread = _spread(logits)
+        # Logits of a head of zeros, as torchvision's ViT is made with, tell nothing yet: what enters it does.
+        self.head = None if self.spread > 0 else _zero_head(host, logits.shape[1])
+        if self.head is not None:
+            with frozen(host), torch.no_grad():
+                self.spread = _spread(self._said(lambda: run_host(host, self.x, args)))
 
     def effect(self, name: str, layout: Layout, tail: Tail | None = None) -> float:
         """Share of the logits' spread that is left when only the grid differs between images."""
@@ -84,7 +92,17 @@ class CleanPass:
 
     def _run(self, tail: Tail, output: Any) -> Tensor:
         with frozen(self.host), torch.no_grad():
-            return tail(output).float()
+            return self._said(lambda: tail(output))
+
+    def _said(self, run: Callable[[], Tensor]) -> Tensor:
+        """The logits that `run` gives, or what enters a head of zeros meanwhile, (B, K)."""
+        if self.head is None:
+            return run().float()
+        entered: list[Tensor] = []
+        hook = on_own_level(lambda _module, inputs: entered.append(inputs[0]))
+        with registered(partial(self.head.register_forward_pre_hook, hook)):
+            run()
+        return entered[-1].float().flatten(1)
 
     def _share(self, logits: Tensor) -> float:
         return _spread(logits) / self.spread if self.spread > 0 else math.nan
@@ -116,12 +134,22 @@ class CleanPass:
         """Of a random mix of logits with respect to the grid, (B, C, h, w); None if nothing reaches it."""
         with frozen(self.host), torch.enable_grad():
             features = features.clone().requires_grad_()
-            logits = tail(layout.with_grid(self.outputs[name], features.clone(), self._held(name, layout))).float()
+            changed = layout.with_grid(self.outputs[name], features.clone(), self._held(name, layout))
+            logits = self._said(lambda: tail(changed))
             if not logits.requires_grad:
                 return None
             weights = normal(generator_of(1), *logits.shape).to(logits.device)
-            (gradient,) = torch.autograd.grad((logits * weights).sum(), features, allow_unused=True)
+            try:
+                (gradient,) = torch.autograd.grad((logits * weights).sum(), features, allow_unused=True)
+            except CheckpointError:
+                return None  # the layer runs inside torch.utils.checkpoint, which ran it again without our change
         return None if gradient is None else gradient.float()
+
+
+def _zero_head(host: nn.Module, classes: int) -> nn.Module | None:
+    """The last linear layer with a row for each class, if all its weights are zero."""
+    heads = [m for m in host.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[0] == classes]
+    return heads[-1] if heads and not heads[-1].weight.any() else None
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

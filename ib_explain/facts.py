@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 from torch import Tensor, nn
 
 from ib_explain.hooks import restricting_hooks
+from ib_explain.layouts import LayoutChanged
 
-__all__ = ["host_state", "remembered"]
+__all__ = ["host_state", "remembered", "weights_state", "with_fresh_facts"]
 
 T = TypeVar("T")
 
@@ -45,6 +46,18 @@ def remembered(host: nn.Module, key: Hashable, find: Callable[[], T]) -> T:
     return cast(T, facts[key])
 
 
+def with_fresh_facts(host: nn.Module, run: Callable[[], T]) -> T:
+    """What `run` gives; once more with nothing remembered where a layer's output is not what it was.
+
+    A stride or a hook that pools may change a host in a way that its weights do not tell.
+    """
+    try:
+        return run()
+    except LayoutChanged:
+        _FACTS.pop(host, None)
+        return run()
+
+
 def host_state(host: nn.Module) -> int:
     """A number that changes with the host's weights and modules, and with restrictions of ours around it.
 
@@ -53,15 +66,23 @@ def host_state(host: nn.Module) -> int:
     return _state(host, _weights(host))
 
 
+def weights_state(host: nn.Module) -> int:
+    """As `host_state`, of the weights alone."""
+    return hash(tuple(_version(tensor) for tensor in _weights(host)))
+
+
 def _weights(host: nn.Module) -> list[Tensor]:
     # Integer buffers may count passes; the others (running statistics) decide what a host says.
     return [*host.parameters(), *(buffer for buffer in host.buffers() if buffer.is_floating_point())]
 
 
 def _state(host: nn.Module, weights: list[Tensor]) -> int:
+    return hash((*map(_version, weights), *map(id, host.modules()), *restricting_hooks(host)))
+
+
+def _version(tensor: Tensor) -> tuple[int, int | None]:
     # Parameters made in inference mode have no version; `frozen` refuses them.
-    versions = ((t.data_ptr(), None if t.is_inference() else t._version) for t in weights)
-    return hash((*versions, *map(id, host.modules()), *restricting_hooks(host)))
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
 def _facts(host: nn.Module) -> dict[Hashable, Any]:

@@ -51,6 +51,8 @@ def replace_folder(path: str | Path, ours: Collection[str]) -> Iterator[Path]:
         FileExistsError: as `check_replaceable`.
     """
     path = Path(path)
+    if path.is_symlink() and path.is_dir():
+        path = path.resolve()  # the link stays; what it points to is replaced
     check_replaceable(path, ours)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     aside = _aside(path)

@@ -145,7 +145,7 @@ def train(
     *,
     state: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] | None = None,
-    every: int = 100,
+    every: int = 10,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Train the bottleneck's attention and return the record of the run.
@@ -158,7 +158,7 @@ def train(
         settings: see `FitSettings`.
         accelerator: device, precision, other processes.
         state: what `save` was given last, to continue from there.
-        save: called by the main process every `every` steps with the state of the run.
+        save: called by the main process every `every` steps, and at the end, with the state of the run.
         every: steps between two saves.
         show_progress: bar or lines on standard error.
     """
@@ -177,7 +177,8 @@ def train(
             trainer.step(_prepare(x, host), labels)
             figures = trainer.figures
             progress.step(loss=figures["loss"], bits=figures["bits"], agreement=figures["agreement"])
-            if save is not None and trainer.step_number % every == 0 and accelerator.is_main_process:
+            due = trainer.step_number % every == 0 or trainer.step_number == settings.steps
+            if save is not None and due and accelerator.is_main_process:
                 save(trainer.state())
     record |= {f"final_{name}": value for name, value in trainer.figures.items()}
     record["classes"] = trainer.classes

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
+import signal
 import sys
 import threading
 import weakref
@@ -17,11 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ib_explain.checks import did_you_mean
 
 __all__ = [
     "HostArgs",
+    "HostChanged",
     "LayerError",
     "aside",
     "capture",
@@ -33,7 +37,8 @@ __all__ = [
     "on_own_level",
     "outside_inference_mode",
 ]
-__all__ += ["replace_output", "restricting_hooks", "run_host", "unwrap", "users_hooks_silent"]
+__all__ += ["registered", "replace_output", "restricting_hooks", "run_host", "uninterrupted", "unwrap"]
+__all__ += ["unharmed", "users_hooks_silent"]
 
 
 class LayerError(RuntimeError):
@@ -90,6 +95,38 @@ def restricting_hooks(host: nn.Module) -> tuple[int, ...]:
     level = _LEVEL.get()
     hooks = (pair for module in host.modules() for pair in module._forward_hooks.items())
     return tuple(number for number, hook in hooks if getattr(hook, _MARK, None) == level)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put a Ctrl-C off until the end: half of a set-up, or half of its removal, would stay on the host."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield  # nothing would be raised here
+        return
+    asked: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: asked.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if asked:
+            handler(*asked[0])
+
+
+@contextlib.contextmanager
+def registered(*registrations: Callable[[], RemovableHandle]) -> Iterator[None]:
+    """Register hooks, each by a call that gives its handle; they are removed at every exit."""
+    handles: list[RemovableHandle] = []
+    try:
+        with uninterrupted():
+            for register in registrations:
+                handles.append(register())
+        yield
+    finally:
+        with uninterrupted():
+            for handle in handles:
+                handle.remove()
 
 
 @contextlib.contextmanager
@@ -152,7 +189,12 @@ def host_dtype(model: nn.Module) -> torch.dtype:
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
-    """Return the submodule called `name`, or raise a ValueError with the nearest names; TypeError for no name."""
+    """Return the submodule called `name`.
+
+    Raises:
+        ValueError: there is none, with the nearest names.
+        TypeError: no name, or a layer inside TorchScript, where Python hooks do not run.
+    """
     if not isinstance(name, str):
         raise TypeError(f"layer must be a dotted name, a module of the model or None, got {type(name).__name__}")
     inside = name
@@ -161,7 +203,10 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
     for candidate in (name, inside):
         with contextlib.suppress(AttributeError):  # get_submodule's way to say that there is none
             if candidate:
-                return model.get_submodule(candidate)
+                found = model.get_submodule(candidate)
+                if isinstance(found, torch.jit.ScriptModule):
+                    raise TypeError(f"layer {name!r} is a TorchScript module, which cannot be hooked; name another")
+                return found
     known = [known for known, _ in model.named_modules() if known]
     raise ValueError(f"{type(model).__name__} has no layer {name!r}{did_you_mean(name, known)}")
 
@@ -169,8 +214,10 @@ def find_module(model: nn.Module, name: str) -> nn.Module:
 def module_name(model: nn.Module, module: nn.Module) -> str:
     """Return the dotted name of `module` inside `model`, or raise a ValueError."""
     module = unwrap(module)
+    if module is model:
+        raise ValueError(f"layer is the whole {type(model).__name__}; name one of its layers")
     for name, candidate in model.named_modules():
-        if candidate is module and name:
+        if candidate is module:
             return name
     raise ValueError(f"the given {type(module).__name__} is not a layer of this {type(model).__name__}")
 
@@ -203,24 +250,54 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         inside.enter_context(outside_inference_mode())
         inside.enter_context(_images_spared(model))
         try:
-            for module, _ in modes:
-                module.training = False
-            for parameter, _ in wanted:
-                parameter.requires_grad_(False)
-            for module, _ in compiled:
-                module._compiled_call_impl = None
-            for module, _ in checkpointing:
-                module.__dict__[CHECKPOINTING] = False
+            with uninterrupted():
+                for module, _ in modes:
+                    module.training = False
+                for parameter, _ in wanted:
+                    parameter.requires_grad_(False)
+                for module, _ in compiled:
+                    module._compiled_call_impl = None
+                for module, _ in checkpointing:
+                    module.__dict__[CHECKPOINTING] = False
             yield model
         finally:
-            for module, flag in checkpointing:
-                module.__dict__[CHECKPOINTING] = flag
-            for module, mode in modes:
-                module.training = mode
-            for parameter, flag in wanted:
-                parameter.requires_grad_(flag)
-            for module, implementation in compiled:
-                module._compiled_call_impl = implementation
+            with uninterrupted():
+                for module, flag in checkpointing:
+                    module.__dict__[CHECKPOINTING] = flag
+                for module, mode in modes:
+                    module.training = mode
+                for parameter, flag in wanted:
+                    parameter.requires_grad_(flag)
+                for module, implementation in compiled:
+                    module._compiled_call_impl = implementation
+
+
+class HostChanged(RuntimeError):
+    """Code of the user's left the host with other weights."""
+
+
+@contextlib.contextmanager
+def unharmed(host: nn.Module) -> Iterator[None]:
+    """Buffers that code of the user's writes to, such as running statistics in training mode, are put back.
+
+    Raises:
+        HostChanged: the method changed a parameter. It stays changed: a copy of all weights would be too much to hold.
+    """
+
+    def version(tensor: Tensor) -> int | None:
+        return None if tensor.is_inference() else tensor._version
+
+    buffers = [(buffer, buffer.clone()) for buffer in host.buffers()]  # whose versions batch norm does not raise
+    weights = [(name, parameter, version(parameter)) for name, parameter in host.named_parameters()]
+    try:
+        yield
+    finally:
+        with uninterrupted(), torch.no_grad():
+            for buffer, kept in buffers:
+                if not torch.equal(buffer, kept):
+                    buffer.copy_(kept)
+    if changed := [name for name, parameter, before in weights if version(parameter) != before]:
+        raise HostChanged(f"the method changed the model's weights ({changed[0]}); explain a copy of the model in it")
 
 
 @contextlib.contextmanager
@@ -262,14 +339,11 @@ def _images_spared(host: nn.Module) -> Iterator[None]:
             # such pass are written to, as by a call of the host itself.
             _WRITES[host] = _WRITES.get(host, False) or x._version != version
 
-    handles = []
-    try:
-        handles.append(host.register_forward_pre_hook(_ours(before), prepend=True))
-        handles.append(host.register_forward_hook(_ours(after)))
+    with registered(
+        lambda: host.register_forward_pre_hook(_ours(before), prepend=True),
+        lambda: host.register_forward_hook(_ours(after)),
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class HostArgs(tuple[Any, ...]):
@@ -302,6 +376,11 @@ def _eagerly() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+# torch's own words where images do not fit a layer; an error of the host's own is left as it is.
+OTHER_CHANNELS = re.compile(r"expected input.* to have \d+ channels, but got (\d+) channels")
+OTHER_DTYPE = re.compile(r"dtype|Input type|scalar type|data ?type")
+
+
 def run_host(model: nn.Module, x: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
     """Run the host and check that it returned logits (B, K).
 
@@ -312,9 +391,10 @@ def run_host(model: nn.Module, x: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
     try:
         logits = model(x, *(args.rows(len(x)) if isinstance(args, HostArgs) else args))
     except RuntimeError as error:
-        if x.dtype != host_dtype(model):
+        if x.dtype != host_dtype(model) and OTHER_DTYPE.search(str(error)):
             raise TypeError(f"images must be {host_dtype(model)} as the model is, got {x.dtype}: {error}") from error
-        if type(error) is RuntimeError and "channels" in str(error):
+        refused = OTHER_CHANNELS.search(str(error))
+        if refused and int(refused[1]) == x.shape[1]:
             raise ValueError(f"the model refuses images of {x.shape[1]} channels: {error}") from error
         raise
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
@@ -354,7 +434,7 @@ def capture(
     """
     names = list(dict.fromkeys(names))
     seen: dict[str, Any] = {}
-    signal = _Stop()
+    stopped = _Stop()
 
     def hook_for(name: str) -> Callable[..., Any]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -367,23 +447,22 @@ def capture(
             seen[name] = output
             replaced = at(name, output) if at is not None else None
             if stop and len(seen) == len(names):
-                raise signal
+                raise stopped
             return replaced
 
         return hook
 
-    handles = []
-    try:
-        for name in names:
-            handles.append(find_module(model, name).register_forward_hook(on_own_level(hook_for(name))))
+    modules = {name: find_module(model, name) for name in names}
+
+    def registration(name: str) -> Callable[[], RemovableHandle]:
+        return lambda: modules[name].register_forward_hook(on_own_level(hook_for(name)))
+
+    with registered(*map(registration, names)):
         try:
             yield seen
         except _Stop as raised:
-            if raised is not signal:
+            if raised is not stopped:
                 raise
-    finally:
-        for handle in handles:
-            handle.remove()
     if missing := [name for name in names if name not in seen]:
         raise LayerError(f"layer {missing[0]!r} did not run in the forward pass; name a layer that the model calls")
 
@@ -391,7 +470,7 @@ def capture(
 @contextlib.contextmanager
 def replace_output(
     model: nn.Module,
-    name: str,
+    name: str | Callable[[], str],
     edit: Callable[[Any], Any],
     *,
     before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
@@ -400,7 +479,7 @@ def replace_output(
 
     Args:
         model: the host, wrapped or not.
-        name: of the layer.
+        name: of the layer, or what gives it once `before` has seen the pass.
         edit: from the layer's output to what the pass goes on with.
         before: called with the arguments of each pass, positional and named, before it starts; passes that it runs
             itself are not touched.
@@ -409,7 +488,16 @@ def replace_output(
         LayerError: in a forward pass in which the layer does not run, or runs twice.
     """
     model = unwrap(model)
-    runs = 0
+    runs, layer = 0, ""
+    at_layer = contextlib.ExitStack()
+
+    def go_to(wanted: str) -> None:
+        nonlocal layer
+        if wanted != layer:
+            module, watch = find_module(model, wanted), on_own_level(hook)
+            at_layer.close()
+            at_layer.enter_context(registered(lambda: module.register_forward_hook(watch)))
+            layer = wanted
 
     def start(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         nonlocal runs
@@ -417,24 +505,28 @@ def replace_output(
             with aside():
                 before(inputs, named)
         runs = 0
+        if callable(name):
+            go_to(name())
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         nonlocal runs
         runs += 1
         if runs > 1:
-            raise LayerError(f"layer {name!r} ran more than once in one forward pass; name a layer that runs once")
+            raise LayerError(f"layer {layer!r} ran more than once in one forward pass; name a layer that runs once")
         return edit(output)
 
     def end(_module: nn.Module, _inputs: Any, _output: Any) -> None:
         if runs == 0:
-            raise LayerError(f"layer {name!r} did not run in the forward pass; name a layer that the model calls")
+            raise LayerError(f"layer {layer!r} did not run in the forward pass; name a layer that the model calls")
 
-    handles = []
-    try:
-        handles.append(model.register_forward_pre_hook(on_own_level(start), with_kwargs=True))
-        handles.append(find_module(model, name).register_forward_hook(on_own_level(hook, restricts=True)))
-        handles.append(model.register_forward_hook(on_own_level(end)))
+    start, end = on_own_level(start), on_own_level(end, restricts=True)
+    with (
+        registered(
+            lambda: model.register_forward_pre_hook(start, with_kwargs=True),
+            lambda: model.register_forward_hook(end),
+        ),
+        at_layer,
+    ):
+        if not callable(name):
+            go_to(name)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

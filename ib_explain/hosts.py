@@ -169,11 +169,13 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
     from safetensors import SafetensorError
 
     if not path.is_file():
-        raise ValueError(f"no such checkpoint file: {path}")
+        raise ValueError(f"{path} is a folder, not a checkpoint" if path.is_dir() else f"no such checkpoint: {path}")
     try:
         found = timm.models.load_state_dict(str(path), weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, KeyError) as error:
-        raise ValueError(f"cannot read checkpoint {path}: {_first_line(error)}") from None
+        told = "it is neither safetensors nor a state dict of torch's"  # torch's own words advise to load unsafely
+        told = told if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+        raise ValueError(f"cannot read checkpoint {path}: {told}") from None
     if not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"checkpoint {path} must hold named tensors, the state dict of a model")
     expected = model.state_dict()

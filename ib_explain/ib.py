@@ -6,7 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +31,7 @@ from ib_explain.checks import (
     warn_user,
 )
 from ib_explain.data.batches import Batches, Share
+from ib_explain.facts import weights_state, with_fresh_facts
 from ib_explain.files import replace_folder
 from ib_explain.fitting import (
     DEFAULT_IMAGES,
@@ -40,16 +44,19 @@ from ib_explain.fitting import (
 )
 from ib_explain.hooks import (
     HostArgs,
+    capture,
     find_module,
     frozen,
     host_device,
+    host_dtype,
     module_name,
     outside_inference_mode,
     replace_output,
+    run_host,
     unwrap,
 )
-from ib_explain.io import FILES, FORMAT, data_config, host_facts, read_folder, versions, write_folder
-from ib_explain.layouts import Layout
+from ib_explain.io import FILES, FORMAT, data_config, fingerprint, host_facts, read_folder, versions, write_folder
+from ib_explain.layouts import Layout, LayoutChanged
 from ib_explain.maps import resize, spread, spread_signed, without_lattice, without_lattice_signed
 from ib_explain.observation import Observation, observe
 from ib_explain.per_image import REFINING_LR, PerImageSettings, optimise
@@ -67,6 +74,7 @@ OUTPUTS = {"bits": "bits", "attention": "attention", "relevance": "label bits"} 
 OPTIONS = ("gate", "reads", "anchors", "per_element", "relevance", "seed")  # that a saved bottleneck is built with
 OBJECTIVES = ("prediction", "label")
 LEAK_WORTH_A_WARNING = 0.05
+MODEL_CARD = "README.md"
 ONE_CLASS = "model must tell at least 2 classes, got 1; wrap a single logit z as torch.cat([-z, z], dim=1)"
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -96,7 +104,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         layer: dotted name, module of the host, or None for `default_layer`.
         gate: "gaussian", "noise" or "residual", see `ib_explain.bottleneck.gates`.
         reads: "gradient" or "features", what the fitted attention reads.
-        anchors: number of learnable anchor values that quantise the attention; 0 for none.
+        anchors: number of learnable anchor values that quantise the fitted attention; 0 for none.
         per_element: statistics per feature element instead of per channel; ties the bottleneck to one input size.
         relevance: `fit` also learns the label's information of each position (`ib_explain.relevance`), for
             `attribute(output="relevance")`; a step then takes three more passes behind the layer.
@@ -136,14 +144,17 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             raise ValueError(f"the {gate!r} gate passes everything, so it has no relevance; use gate='gaussian'")
         if reads not in READS:
             raise ValueError(f"unknown reads {reads!r}{did_you_mean(str(reads), READS)}")
-        self.anchors = check_positive_int(anchors, "anchors") if anchors else 0
-        if self.anchors == 1:
-            raise ValueError("anchors must be 0 (none) or at least 2, got 1")
+        if isinstance(anchors, bool) or not hasattr(anchors, "__index__"):
+            raise TypeError(f"anchors must be an integer, 0 (none) or at least 2, got {anchors!r}")
+        self.anchors = anchors.__index__()
+        if self.anchors < 0 or self.anchors == 1:
+            raise ValueError(f"anchors must be 0 (none) or at least 2, got {anchors}")
         self.gate, self.reads, self.per_element = gate, reads, check_bool(per_element, "per_element")
         self.seed = check_seed(seed)
         self.relevance = relevance
         self.record: dict[str, Any] | None = None
         self._fitted_to: dict[str, Any] | None = None  # the host then, by `host_facts`
+        self._weights_seen: int | None = None  # the host's, when they were last compared with those of the fit
         self._bottleneck: Bottleneck | None = None
         self._place: Place | None = None
 
@@ -186,7 +197,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         objective: str = "prediction",
         precision: str | None = None,
         checkpoint: str | Path | None = None,
-        every: int = 100,
+        every: int | None = None,
         resume: bool = False,
         show_progress: bool = True,
     ) -> IBAttention:
@@ -206,7 +217,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 "label" the labels in the data.
             precision: "fp32", "bf16", "fp16", or None for the launcher's choice.
             checkpoint: folder that keeps the state of the run; it may hold nothing else.
-            every: steps between two checkpoints.
+            every: steps between two checkpoints, besides the one at the end; None for a tenth of the fit, at most 100.
             resume: continue from `checkpoint` if it is there; ends at the weights of an uninterrupted run.
             show_progress: a bar on a terminal, lines in a pipe.
 
@@ -231,14 +242,19 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 check_number(value, name, above=0)
         if resume and checkpoint is None:
             raise ValueError("resume=True needs checkpoint=FOLDER, got None")
-        check_positive_int(every, "every")
+        if every is not None:
+            check_positive_int(every, "every")
+        if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
+            raise TypeError(f"checkpoint must be the name of a folder, got {checkpoint!r}")
+        check_bool(resume, "resume")
+        check_bool(show_progress, "show_progress")
         device = host_device(self.host)
         with frozen(self.forward_func) as host, torch.enable_grad(), launched(device) as accelerator:
             share = Share(accelerator.process_index, accelerator.num_processes)
             batches = Batches(data, self.seed, share, labelled=objective == "label")
             first, _ = next(batches.first(1))
             check_images(first, name="images from data", channels=input_size_of(host)[0])
-            place = find_place(host, self.layer_name, _size(first))
+            place = with_fresh_facts(host, lambda: self._find_place(host, first))
             self._check_place(place)
             by_default = max(100, round(DEFAULT_IMAGES[self.reads] / (len(first) * batches.share.world)))
             settings = FitSettings(
@@ -272,12 +288,12 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 accelerator,
                 state=state,
                 save=None if checkpoint is None else save,
-                every=every,
+                every=every or min(100, max(1, settings.steps // 10)),
                 show_progress=show_progress,
             )
         # Only now: a run that is interrupted leaves an earlier fit as it was.
         self._bottleneck = bottleneck.requires_grad_(False)
-        self._fitted_to = description["host"]
+        self._fitted_to, self._weights_seen = description["host"], weights_state(self.host)
         self._settle(place)
         images = int(bottleneck.restriction.moments.get_buffer("count"))
         about = {"layer": place.site.name, "device": str(device), "data": _source(data)}
@@ -379,21 +395,23 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         Yields:
             The host, unwrapped: call this one (a compiled wrapper would not see the bottleneck).
 
+        Other threads that want the host wait until the end of the context; do not wait for them inside.
+
         Raises:
             RuntimeError: not fitted, and no `attention` given.
+            TypeError, ValueError: `attention` is none of that.
         """
         if attention is None:
             self._require_fitted()
+        attention = None if attention is None else _as_attention(attention)
         with frozen(self.forward_func) as host:
-            if self._place is None and self.layer_name is None:
-                found = find_place(host, None, input_size_of(host))
-                self._settle(found)
             plan: list[tuple[Restriction, Observation, Layout, Tensor]] = []
 
             def prepare(inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
                 if not inputs or named:
                     got = f"{len(inputs)} and by name {', '.join(named) or 'none'}"
                     raise TypeError(f"call the restricted model with positional arguments, images first; got {got}")
+                check_images(inputs[0], channels=input_size_of(host)[0], device=host_device(host), inference=True)
                 args = HostArgs.of(tuple(inputs[1:]), len(inputs[0]))
                 plan[:] = [self._plan(host, inputs[0], target, args, attention)]
 
@@ -402,23 +420,29 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 # The same values as in the clean pass, but with their graph: gradients reach the images.
                 seen = dataclasses.replace(seen, output=output, features=layout.to_grid(output))
                 noise = normal(generator_of(self.seed, value.device), 1, *seen.features.shape[1:])
-                return restriction.apply_to(seen, layout, value, noise)
+                restricted = restriction.apply_to(seen, layout, value, noise)
+                # Gates stop short of 1, where a rate would be infinite; what is asked to pass whole passes whole.
+                passes = torch.where(value < 1, layout.to_grid(restricted), seen.features)
+                return layout.with_grid(restricted, passes)
 
-            with replace_output(host, str(self.layer_name), edit, before=prepare):
+            with replace_output(host, lambda: str(self.layer_name), edit, before=prepare):
                 yield host
 
     def save(self, path: str | Path) -> None:
         """Write the fitted bottleneck as a folder with `bottleneck.safetensors` and `config.json`.
 
-        An older one of that name is replaced only when the new one is whole.
+        An older one of that name is replaced only when the new one is whole; its model card (`README.md`, which
+        `save_pretrained` writes) is kept.
 
         Raises:
             RuntimeError: not fitted.
             FileExistsError: the folder holds anything else.
         """
         self._require_fitted()
-        with replace_folder(path, FILES) as folder:
+        with replace_folder(path, (*FILES, MODEL_CARD)) as folder:
             self._save_pretrained(folder)
+            if (card := Path(path) / MODEL_CARD).is_file():
+                shutil.copy2(card, folder)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module) -> IBAttention:
@@ -431,22 +455,27 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         Warns:
             UserWarning: same architecture, other weights; or a checkpoint of a fit that was not at its end.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"path must be the name of a folder, got {path!r}")
         with outside_inference_mode():
             tensors, config = read_folder(Path(path))
         fitted_to, given = config["host"], host_facts(model)
         if fitted_to["structure"] != given["structure"]:
-            names = f"{fitted_to['architecture']}, not to this {given['architecture']}"
+            theirs, ours = fitted_to["architecture"], given["architecture"]
+            names = theirs if theirs == ours else f"{theirs}, not to this {ours}"
             classes, others = config.get("classes"), getattr(unwrap(model), "num_classes", None)
             more = f" ({classes} classes there, {others} here)" if classes and others and classes != others else ""
-            raise ValueError(f"{path} was fitted to a {names}: the parameters have other names or shapes{more}")
+            raise ValueError(f"{path} was fitted to a {names}: its parameters have other names or shapes{more}")
         if fitted_to["weights"] != given["weights"]:
             told = (
                 f"{path} was fitted to a {fitted_to['architecture']} with other weights; fit again for bits that hold"
             )
             warn_user(told)
         if isinstance(run := config.get("run"), dict):
-            steps = f"step {run.get('step')} of {run.get('settings', {}).get('steps')}"
-            warn_user(f"{path} is the checkpoint of a fit after {steps}; fit(..., checkpoint=, resume=True) goes on")
+            step, steps = run.get("step"), run.get("settings", {}).get("steps")
+            if step != steps:
+                told = f"{path} is the checkpoint of a fit after step {step} of {steps}"
+                warn_user(f"{told}; fit(..., checkpoint=, resume=True) goes on")
         options = {name: config[name] for name in OPTIONS}
         self = cls(model, config["layer"], **options)
         channels, height, width = config["input_size"]
@@ -459,7 +488,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 told = " ".join(str(error).split())
                 raise ValueError(f"{path} does not fit this model: {told}") from error
-        self.record, self._fitted_to = config.get("record"), fitted_to
+        self.record, self._fitted_to, self._weights_seen = config.get("record"), fitted_to, weights_state(self.host)
         return self
 
     @classmethod
@@ -523,12 +552,29 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         if place.site.reached == 0 and not math.isnan(place.site.leak):  # NaN: the same logits for all images
             raise ValueError(
                 f"no gradient of the logits reaches the grid of layer {place.site.name!r}: they do not depend on it, "
-                "or the model's forward runs behind it under no_grad or detaches; name an earlier layer"
+                "or the model's forward runs behind it under no_grad or detaches, or runs it inside "
+                "torch.utils.checkpoint; name an earlier layer"
             )
         leak = place.site.leak
         if leak > LEAK_WORTH_A_WARNING and self.gate != "residual" and place != self._place:
             told = f"layer {place.site.name!r} is no cut: {leak:.0%} of the logits' spread flows around its grid"
             warn_user(f"{told}, so its bits do not bound what the model uses")
+
+    def _check_weights(self) -> None:
+        """Warn, once, that the host is not as it was when the bottleneck was fitted to it."""
+        now = weights_state(self.host)
+        if now != self._weights_seen and self._fitted_to is not None:
+            self._weights_seen = now
+            if fingerprint(self.host) != self._fitted_to["weights"]:
+                warn_user("the model's weights were changed since the fit; fit again for bits that hold")
+
+    def _find_place(self, host: nn.Module, images: Tensor) -> Place:
+        """Where a fit on such images sits, looked at with one of them."""
+        place = find_place(host, self.asked_layer, _size(images))
+        with torch.no_grad(), capture(host, [place.site.name], stop=True) as seen:
+            run_host(host, images[:1].to(host_device(host), host_dtype(host)))
+        place.site.layout.to_grid(seen[place.site.name])
+        return place
 
     def _describe(self, place: Place) -> dict[str, Any]:
         """What a saved bottleneck or a checkpoint says of itself."""
@@ -586,17 +632,29 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         if self._bottleneck is not None:
             self._bottleneck.to(host_device(host))  # the user may have moved the host since
         size = _size(x)
-        place = self._place
-        if place is None or (not self.fitted and place.input_size != size):
-            place = find_place(host, self.layer_name, size, args)
-            self._check_place(place)
-            self._settle(place)
-        elif place.input_size != size:
-            if self.per_element:
-                raise ValueError(f"per-element statistics hold for the fitted size {place.input_size}, got {size}")
-            place = place.at_size(host, size, args)
-        deeper = place.deeper if read else ()
-        return observe(host, place.site, x.detach(), target, deeper=deeper, gradient=gradient, args=args), place
+
+        def look() -> tuple[Observation, Place]:
+            if self._place is None or not self.fitted:
+                # By what was asked for: an image of another size may have another default layer.
+                place = find_place(host, self.asked_layer, size, args)
+                self._check_place(place)
+                self._settle(place)
+            elif self._place.input_size == size:
+                place = self._place
+            elif self.per_element:
+                fitted_size = self._place.input_size
+                raise ValueError(f"per-element statistics hold for the fitted size {fitted_size}, got {size}")
+            else:
+                place = self._place.at_size(host, size, args)
+            deeper = place.deeper if read else ()
+            return observe(host, place.site, x.detach(), target, deeper=deeper, gradient=gradient, args=args), place
+
+        if not self.fitted:
+            return with_fresh_facts(host, look)
+        try:
+            return look()
+        except LayoutChanged as error:
+            raise ValueError(f"the bottleneck was fitted to another layer {self.layer_name!r}: {error}") from error
 
     def _maps(
         self,
@@ -611,6 +669,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
     ) -> Tensor:
         check_images(x, name="inputs", channels=input_size_of(self.host)[0], device=host_device(self.host))
         args = HostArgs.of(additional, len(x))
+        if fitted:
+            self._check_weights()
         with frozen(self.forward_func) as host, torch.no_grad():
             # The optimisation is priced by the deeper layers' evidence, whatever the attention itself reads.
             gradient = settings.steps > 0 or self.reads == "gradient"
@@ -643,26 +703,39 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         return Restriction(self.gate, found.moments, found.side).to(host_device(host)).requires_grad_(False)
 
     def _plan(
-        self, host: nn.Module, x: Tensor, target: Target, args: tuple[Any, ...], attention: float | Tensor | None
+        self, host: nn.Module, x: Tensor, target: Target, args: tuple[Any, ...], attention: Tensor | None
     ) -> tuple[Restriction, Observation, Layout, Tensor]:
         """What `restrict` needs for one forward pass."""
         with outside_inference_mode(), torch.no_grad():
             x = x.clone() if x.is_inference() else x
-            check_images(x, channels=input_size_of(host)[0], device=host_device(host))
             gradient = attention is None and self.reads == "gradient"
             seen, place = self._observe(host, x, target, args, read=attention is None, gradient=gradient)
             restriction = self._restriction(host, place, args=args)
             if attention is None:
                 value = self.bottleneck.attend(seen).value
             else:
-                value = torch.as_tensor(attention, dtype=torch.float32, device=x.device)
                 expected = (len(x), 1, *place.site.grid)
-                fits = value.ndim == 0 or tuple(value.shape) in (expected, (1, *expected[1:]))
-                if not fits or not ((value >= 0) & (value <= 1)).all():
-                    got = attention if value.ndim == 0 else f"{tuple(value.shape)}, {value.min():g} to {value.max():g}"
-                    raise ValueError(f"attention must be a number or {expected}, in [0, 1], got {got}")
-                value = value.expand(expected)
+                if attention.ndim > 0 and tuple(attention.shape) not in (expected, (1, *expected[1:])):
+                    raise ValueError(f"attention must be a number or {expected}, got {tuple(attention.shape)}")
+                value = attention.to(x.device).expand(expected)
         return restriction, seen, place.site.layout, value
+
+
+def _as_attention(attention: float | Tensor) -> Tensor:
+    """A number or a tensor in [0, 1] as a float32 tensor; its shape is checked where the grid is known."""
+    expected = "attention must be a number or a floating-point tensor (B, 1, h, w), in [0, 1]"
+    if isinstance(attention, Tensor):
+        if not attention.is_floating_point():
+            raise TypeError(f"{expected}, got a tensor of {attention.dtype}")
+        value = attention.detach().float()
+    else:
+        if isinstance(attention, bool) or not isinstance(attention, Real):
+            raise TypeError(f"{expected}, got {attention!r}")
+        value = torch.tensor(float(attention), dtype=torch.float32, device="cpu")
+    if value.numel() == 0 or not ((value >= 0) & (value <= 1)).all():
+        got = attention if value.numel() < 2 else f"{value.min():g} to {value.max():g}"
+        raise ValueError(f"{expected}, got {got}")
+    return value
 
 
 def check_output(output: str, gate: str, *, relevance: bool) -> None:

@@ -32,7 +32,7 @@ FILES = (WEIGHTS, CONFIG)
 def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write tensors and config into an existing folder."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
-    config = {**config, "digest": _file_digest(folder / WEIGHTS)}
+    config = {**config, "digest": _folder_digest(folder / WEIGHTS, config)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -49,7 +49,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         got = config.get("format") if isinstance(config, dict) else type(config).__name__
@@ -62,13 +62,17 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{folder} is damaged: {broken[0]} in {WEIGHTS} has NaN or infinite values")
     if broken := [name for name, tensor in tensors.items() if name.endswith(".std") and not (tensor > 0).all()]:
         raise ValueError(f"{folder} is damaged: {broken[0]} in {WEIGHTS} must be above 0")
-    if config.get("digest") not in (None, _file_digest(folder / WEIGHTS)):
-        raise ValueError(f"{folder} is damaged: {WEIGHTS} is not the file that {CONFIG} was written for")
+    if config.get("digest") != _folder_digest(folder / WEIGHTS, config):
+        raise ValueError(f"{folder} is damaged: {WEIGHTS} or {CONFIG} was changed since they were written together")
     return tensors, config
 
 
-def _file_digest(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+def _folder_digest(weights: Path, config: dict[str, Any]) -> str:
+    """Of the tensors' file and of all else that the config says."""
+    digest = hashlib.blake2b(weights.read_bytes(), digest_size=16)
+    told = json.dumps({name: value for name, value in config.items() if name != "digest"})
+    digest.update(json.dumps(json.loads(told), sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _is_layout(value: Any) -> bool:
@@ -76,7 +80,7 @@ def _is_layout(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(isinstance(n, int) and n > 0 for n in value)
+    return isinstance(value, list) and len(value) == 3 and all(type(n) is int and n > 0 for n in value)
 
 
 # What each entry of a config must be; what it names (a layer, a gate) is checked where it is used.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "leaves", "map_tensors", "unfold"]
+__all__ = ["Layout", "LayoutChanged", "leaves", "map_tensors", "unfold"]
+
+
+class LayoutChanged(ValueError):
+    """A layer's output has another shape than when it was probed: the host was changed since."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,43 @@ class Layout:
         return ", ".join(words)
 
     def to_grid(self, output: Any) -> Tensor:
-        """Read the features (B, C, h, w) out of a layer's output (a view where that is possible)."""
+        """Read the features (B, C, h, w) out of a layer's output (a view where that is possible).
+
+        Raises:
+            LayoutChanged: it does not fit.
+        """
+        if not self.fits(output):
+            shapes = ", ".join(str(tuple(leaf.shape)) for _, leaf in leaves(output)) or type(output).__name__
+            had = f"{self.kind} with {self.channels} channels on a grid of {self.grid} when it was probed"
+            raise LayoutChanged(f"it returns {shapes}, but was {had}; the model was changed since")
         return self.read(self.tensor(output))
 
     def tensor(self, output: Any) -> Tensor:
         """The tensor of the output that holds the grid."""
         return _pick(output, self.path)
+
+    def fits(self, output: Any) -> bool:
+        """Whether a layer's output still has the shape that was probed."""
+        try:
+            tensor = self.tensor(output)
+        except (IndexError, KeyError, TypeError):
+            return False
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.ndim <= self.batch_axis
+            or tensor.shape[self.batch_axis] % self.fold
+        ):
+            return False
+        shape = list(unfold(tensor, self.batch_axis, self.fold).shape)
+        if max(self.axes) >= len(shape):
+            return False
+        positions = [shape[axis] for axis in self.axes]
+        channels = math.prod(n for axis, n in enumerate(shape) if axis > 0 and axis not in self.axes)
+        tokens = math.prod(self.grid) + self.prefix + self.suffix
+        plain = len(positions) == 2 and self.fold == 1 and self.order is None and not (self.prefix or self.suffix)
+        if plain and tuple(positions) != self.grid:
+            return False
+        return math.prod(positions) == tokens and channels == self.channels
 
     def read(self, tensor: Tensor) -> Tensor:
         """Read (B, C, h, w) out of that tensor, or out of its gradient."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ib_explain.checks import warn_user
 from ib_explain.figures import plots
 from ib_explain.files import write_file
 from ib_explain.pictures import Pictures
@@ -81,10 +82,21 @@ class Leaderboard:
     def read(cls, folder: str | os.PathLike[str], *, reference: str | None = AS_RUN) -> Leaderboard:
         """The standings of what `benchmark(..., out=folder)` wrote; neither the model nor the data is needed.
 
+        Warns:
+            UserWarning: images are missing, since the run was stopped or files are damaged.
+
         Raises:
             ValueError: no run there, no finished batch, an unknown reference.
         """
-        return cls.of(RunStore.read(folder), reference=reference, pictures=Pictures.read(Path(folder) / "figures"))
+        store = RunStore.read(folder)
+        board = cls.of(store, reference=reference, pictures=Pictures.read(Path(folder) / "figures"))
+        total = store.run["settings"].get("data", {}).get("images")
+        if isinstance(total, int) and board.summary.images < total:
+            told = (
+                f"{folder} holds {board.summary.images} of the run's {total} images; the command that began it goes on"
+            )
+            warn_user(told)
+        return board
 
     @property
     def run(self) -> Mapping[str, Any]:

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.contenders import Contender
-from ib_explain.hooks import host_device, host_dtype
+from ib_explain.hooks import HostChanged, host_device, host_dtype
 from ib_explain.methods.base import NotApplicable
 from ib_explain.metrics import Case, Curve, Metric, centred_gaussian
 from ib_explain.metrics.perturbation import deletion_curve, insertion_curve
 from ib_explain.metrics.sanity import Explain
 from ib_explain.progress import Progress
-from ib_explain.rows import CurveBatch, Row
+from ib_explain.rows import WITH_CURVES, CurveBatch, Row
 from ib_explain.samples import ImageBatch
 
 __all__ = ["Measure", "on_host"]
 
-CURVES: dict[str, Callable[[Case], Curve]] = {"insertion": insertion_curve, "deletion": deletion_curve}
+CURVES: dict[str, Callable[[Case], Curve]] = dict(zip(WITH_CURVES, (insertion_curve, deletion_curve), strict=True))
 """Metrics whose whole curves are kept."""
 COST_IMAGES = 8  # the cost of a method is that of the first images, not of each
 
@@ -200,12 +200,16 @@ def _none(count: int, error: Exception) -> Outcome:
 
 
 def _problem(error: Exception) -> tuple[str, str]:
-    """Status and reason of a cell. What says nothing about the method is raised again: lack of memory, a dead GPU."""
+    """Status and reason of a cell.
+
+    What says nothing about the method is raised again, lack of memory or a dead GPU, and what would spoil the cells of
+    others: a host with other weights.
+    """
     broken = getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError)
     # The errors of the CPU, of cuBLAS and cuDNN, and of Apple's GPUs have no class of their own.
     words = ("allocate memory", "out of memory", "ALLOC_FAILED")
     no_memory = type(error) is RuntimeError and any(word in str(error) for word in words)
-    if no_memory or isinstance(error, MemoryError | torch.cuda.OutOfMemoryError | broken):
+    if no_memory or isinstance(error, HostChanged | MemoryError | torch.cuda.OutOfMemoryError | broken):
         raise error
     try:
         told = str(error).strip()
@@ -213,4 +217,4 @@ def _problem(error: Exception) -> tuple[str, str]:
         told = f"(its text cannot be had: {type(another).__name__})"
     if isinstance(error, NotApplicable):
         return "not_applicable", told or "not applicable"
-    return "failed", f"{type(error).__name__}: {told}"
+    return "failed", f"{type(error).__name__}: {told}" if told else type(error).__name__

@@ -84,6 +84,7 @@ def observe(
                 leaf = site.layout.to_grid(kept[name]).detach().requires_grad_()
                 return site.layout.with_grid(kept[name], leaf.clone())
         else:
+            layouts[name].to_grid(output)  # refuses what does not fit
             kept[name] = layouts[name].tensor(output)
         # In-place operations behind a layer write into what it returned: the host goes on with a copy.
         return map_tensors(output, Tensor.clone)

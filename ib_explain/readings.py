@@ -144,7 +144,7 @@ def choose(readers: list[Reader], input_size: tuple[int, int, int]) -> Layout | 
 
 def _refusal(readers: list[Reader], best: _Reading | None, input_size: tuple[int, int, int]) -> str:
     """What a grid must be, and what there is."""
-    shapes = "; ".join(str(("B", *reader.shape)) for reader in readers)
+    shapes = "; ".join(f"({', '.join(map(str, ('B', *reader.shape)))})" for reader in readers)
     if not shapes:
         return "expected a float tensor that follows the image, and its output holds none"
     if best is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ib_explain.checks import did_you_mean
 
@@ -27,15 +27,32 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files the decorated object under `name`; a second owner of a name is a ValueError."""
+        """Decorator that files the decorated object under `name`.
+
+        Raises:
+            TypeError: `name` is no text (the decorator needs one: `@register("mine")`), or the object is not callable.
+            ValueError: the name is empty or taken.
+        """
+        self.check_name(name)
 
         def file(entry: T) -> T:
+            if not callable(entry):
+                raise TypeError(f"{self.kind} {name!r} must be callable, got {entry!r}")
             if name in self._entries:
                 raise ValueError(f"{self.kind} {name!r} is already registered, to {self._entries[name]!r}")
             self._entries[name] = entry
             return entry
 
         return file
+
+    def check_name(self, name: Any) -> None:
+        """Refuse what can be no name, such as the function itself where the decorator was given none."""
+        if not isinstance(name, str):
+            raise TypeError(
+                f'the name of a {self.kind} must be a str, got {name!r}; name it in the decorator: ("mine")'
+            )
+        if not name.strip():
+            raise ValueError(f"the name of a {self.kind} must not be empty, got {name!r}")
 
     def get(self, name: str) -> T:
         """Return the entry, or raise a ValueError with the nearest names; a TypeError for what is no name."""

@@ -29,6 +29,8 @@ from ib_explain.tables import shown_score as score_of
 
 __all__ = ["case_metric", "report_html", "write_report"]
 
+DIGESTED = ("batches", "first_batch", "names", "structure", "weights")  # tell runs apart, and a reader nothing
+
 
 def case_metric(summary: Summary) -> MetricFacts:
     """The metric by which images are called best and worst: the first that is not a cost."""
@@ -93,7 +95,7 @@ def report_html(
     )
     settings = run.get("settings", {})
     title = f"How well is {_name(settings.get('model', 'the model'))} explained?"
-    parts = _name(settings.get("data", "")), counted(summary.images, "image")
+    parts = _data_name(run), counted(summary.images, "image")
     kicker = " · ".join(str(part) for part in parts if part)
     style, script = (_beside(f"report.{kind}") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -148,10 +150,14 @@ def _measured(summary: Summary, run: Mapping[str, Any]) -> str:
     settings, info = run.get("settings", {}), run.get("info", {})
     facts: dict[str, Any] = {}
     for key in ("model", "data"):
-        if key in settings:
+        if isinstance(settings.get(key), Mapping):
+            facts[key] = {name: value for name, value in settings[key].items() if name not in DIGESTED}
+        elif key in settings:
             facts[key] = settings[key]
+    if isinstance(facts.get("data"), Mapping):
+        facts["data"] = {**facts["data"], "name": _data_name(run)}
     facts |= {"images": summary.images, "methods": len(summary.methods), "metrics": len(summary.metrics)}
-    facts |= {key: value for key, value in info.items() if key not in ("command", "reference")}
+    facts |= {key: value for key, value in info.items() if key not in ("command", "data", "reference")}
     facts |= {key: value for key, value in settings.items() if key not in ("model", "data", "methods", "metrics")}
     resumed = run.get("resumed", [])
     if resumed:
@@ -347,6 +353,12 @@ def _metric_heading(facts: MetricFacts, note: int | None) -> str:
 
 def _better(facts: MetricFacts) -> str:
     return "higher" if facts.higher_is_better else "lower"
+
+
+def _data_name(run: Mapping[str, Any]) -> str:
+    """What the user called the data at the last start, else what they are."""
+    given = [info["data"] for info in (run.get("info", {}), *run.get("resumed", [])) if info.get("data")]
+    return str(given[-1]) if given else _name(run.get("settings", {}).get("data", ""))
 
 
 def _name(value: Any) -> str:

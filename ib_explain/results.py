@@ -6,6 +6,7 @@ rows are the means of resuming: a batch counts only if all its rows are there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from ib_explain.files import write_file
-from ib_explain.rows import CurveBatch, Row, curves_to_npz, join_curves, read_curves, read_rows, rows_to_csv
+from ib_explain.rows import (
+    WITH_CURVES,
+    CurveBatch,
+    Row,
+    curves_to_npz,
+    join_curves,
+    read_curves,
+    read_rows,
+    rows_to_csv,
+)
 
 __all__ = ["RunStore", "check_folder"]
 
@@ -45,6 +55,7 @@ class RunStore:
     """Rows of an unfinished batch that were found and dropped when the store was opened."""
     _done: set[int] = field(default_factory=set, repr=False)
     _whole: dict[int, bool] = field(default_factory=dict, repr=False)
+    _begun_here: bool = False
     _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     @classmethod
@@ -81,6 +92,7 @@ class RunStore:
             folder = temporary.name
         path = Path(folder)
         run = check_folder(path, plain)
+        begun_here = run is None and rank == 0
         if run is None:
             if rank > 0:
                 raise ValueError(f"process 0 must open {path} before process {rank}")
@@ -91,7 +103,7 @@ class RunStore:
         if rank == 0:
             path.mkdir(parents=True, exist_ok=True)
             write_file(path / "run.json", _json(run))
-        store = cls(path, run, rank, _temporary=temporary)
+        store = cls(path, run, rank, _begun_here=begun_here, _temporary=temporary)
         store._clean()
         store._done = set(store._batches())
         return store
@@ -161,6 +173,13 @@ class RunStore:
                     parts[part.method, part.metric].append(part)
         return [join_curves(parts[key]) for key in sorted(parts)]
 
+    def discard_if_empty(self) -> None:
+        """Leave the folder free again where nothing was measured: a mistake in the data must not hold it."""
+        if self._begun_here and not self._batches():
+            (self.folder / "run.json").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # other files are in it
+                self.folder.rmdir()
+
     def finish(self) -> None:
         """Merge the files of all processes into a sorted rows.csv; process 0 calls it when all others have ended.
 
@@ -203,17 +222,19 @@ class RunStore:
         found: dict[int, list[Row]] = {}
         for path in sorted(self.folder.glob("rows*.csv")):
             for batch, rows in read_rows(path)[0].items():
-                if batch in found or not self._curves_whole(batch):
+                if batch in found or not self._curves_whole(batch, rows):
                     continue
                 found[batch] = rows
         return found
 
-    def _curves_whole(self, batch: int) -> bool:
+    def _curves_whole(self, batch: int, rows: Sequence[Row]) -> bool:
         """Whether the curves of a batch, if it has any, can be read; where not, it is not finished."""
         if batch not in self._whole:
             path = self._curves_path(batch)
+            with_curves = any(row.metric in WITH_CURVES and row.status == "ok" for row in rows)
+            expected = with_curves and any(path.parent.glob("batch-*.npz"))  # rows may be stored without
             try:
-                self._whole[batch] = not path.exists() or bool(read_curves(path))
+                self._whole[batch] = bool(read_curves(path)) if expected or path.exists() else True
             except (EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
                 self._whole[batch] = False
         return self._whole[batch]
@@ -258,7 +279,8 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
         if known == FORMAT:
             run["settings"], run["info"], run["resumed"]  # noqa: B018 - that they are there
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a run of ib_explain: {error!r}") from error
+        told = f"{type(error).__name__}; delete it to begin again" if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path} is not a run of ib_explain: {told}") from error
     if known != FORMAT:
         raise ValueError(f"{path} must have format {FORMAT}, got {known!r}")
     return run
@@ -289,7 +311,24 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
             for key in [*old, *(key for key in new if key not in old)]
             for difference in _differences(old.get(key, missing), new.get(key, missing), f"{path}.{key}".lstrip("."))
         ]
-    return [] if old == new else [f"{path} is {_short(old)} there and {_short(new)} here"]
+    if old == new:
+        return []
+    kind, _, name = path.partition(".")
+    whole = kind in ("methods", "metrics") and "." not in name
+    if whole and (isinstance(old, _Missing) or isinstance(new, _Missing)):
+        return [f"{kind.rstrip('s')} {name} is only {'here' if isinstance(old, _Missing) else 'there'}"]
+    if path in DIGESTS:
+        return [f"{DIGESTS[path]} differ"]
+    return [f"{path} is {_short(old)} there and {_short(new)} here"]
+
+
+DIGESTS = {  # of which a reader learns nothing
+    "data.first_batch": "images, labels or truths of the first batch",
+    "data.batches": "the images",
+    "data.names": "the images' names",
+    "model.structure": "shapes of the model's weights",
+    "model.weights": "the model's weights",
+}
 
 
 class _Missing:

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["COLUMNS", "STATUSES", "CurveBatch", "Row", "curves_to_npz", "join_curves", "one_line"]
+__all__ = ["COLUMNS", "STATUSES", "WITH_CURVES", "CurveBatch", "Row", "curves_to_npz", "join_curves", "one_line"]
 __all__ += ["read_curves", "read_rows", "rows_to_csv"]
 
 STATUSES = ("ok", "not_applicable", "failed")
 COLUMNS = ("image", "name", "method", "metric", "value", "status", "reason", "batch", "batch_rows")
 LONGEST_REASON = 500
+WITH_CURVES = ("insertion", "deletion")  # metrics whose whole curves are kept beside their rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,9 @@ is then measured (`ib_explain.cuts`).
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +74,11 @@ class Site:
         return self.layout.channels
 
     @property
+    def prefix(self) -> int:
+        """Tokens before the grid, such as class and register tokens."""
+        return self.layout.prefix
+
+    @property
     def usable(self) -> bool:
         """Whether a bottleneck here can say where evidence is: it cuts, and the logits read the grid."""
         return not (self.leak > LEAK_LIMIT or self.reached == 0 or self.effect <= EFFECT_LIMIT)
@@ -100,7 +107,8 @@ def default_layer(model: nn.Module, input_size: tuple[int, int, int] | None = No
     Raises:
         ValueError: if no layer qualifies, with the best that was seen; an `input_size` that is no (3, H, W).
     """
-    return resolve_site(model, None, _size(model, input_size)).name
+    with _assumed_size_told(model, input_size):
+        return resolve_site(model, None, _size(model, input_size)).name
 
 
 def sites(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> list[Site]:
@@ -112,7 +120,7 @@ def sites(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> l
     """
     size = _size(model, input_size)
     host = unwrap(model)
-    names = candidate_layers(host, size)
+    names = candidate_layers(host, input_size)
     result: list[Site] = []
     for start in range(0, len(names), GROUP):
         group = names[start : start + GROUP]
@@ -128,7 +136,8 @@ def candidate_layers(model: nn.Module, input_size: tuple[int, int, int] | None =
     several tensors, of which only a measurement tells. Of layers that return the same tensor (a stage and its last
     block) the one highest in the module tree stands for all.
     """
-    return [c.name for c in _survey(unwrap(model), _size(model, input_size), ()).candidates]
+    with _assumed_size_told(model, input_size):
+        return [c.name for c in _survey(unwrap(model), _size(model, input_size), ()).candidates]
 
 
 def resolve_site(
@@ -156,7 +165,9 @@ def resolve_site(
     runs = _survey(host, input_size, args).runs[name]
     if runs != 1:
         what = "does not run" if runs == 0 else f"runs {runs} times"
-        raise LayerError(f"layer {name!r} {what} in one forward pass; name a layer that runs once")
+        inside = [c.name for c in _survey(host, input_size, args).candidates if c.name.startswith(f"{name}.")]
+        such = f", such as {inside[-1]!r}" if inside else ""
+        raise LayerError(f"layer {name!r} {what} in one forward pass; name a layer that runs once{such}")
     layout = layouts_of(host, [name], input_size, args)[name]
     if not isinstance(layout, Layout):
         raise ValueError(f"layer {name!r} has no spatial grid: {layout}")
@@ -199,6 +210,18 @@ def input_size_of(model: nn.Module) -> tuple[int, int, int]:
         folded = stem.in_channels % size[0] == 0 and math.isqrt(stem.in_channels // size[0]) ** 2 * size[0]
         channels = size[0] if folded == stem.in_channels else stem.in_channels
     return int(channels), int(size[1]), int(size[2])
+
+
+@contextlib.contextmanager
+def _assumed_size_told(model: nn.Module, given: Any) -> Iterator[None]:
+    """An error for a size that was neither given nor configured says how to name another."""
+    try:
+        yield
+    except ValueError as error:
+        if given is None and not timm_config(unwrap(model)).get("input_size"):
+            told = f"{error}; {input_size_of(model)} is assumed for a model that tells no size, pass input_size="
+            raise ValueError(told) from error
+        raise
 
 
 def _size(model: nn.Module, given: Any) -> tuple[int, int, int]:

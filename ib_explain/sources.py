@@ -55,7 +55,10 @@ class Source:
         if isinstance(data, str | bytes | Tensor | Mapping) or not (
             hasattr(data, "__iter__") or isinstance(data, Dataset)
         ):
-            raise TypeError(f"data must be a Dataset or an iterable of batches, got {type(data).__name__}")
+            hint = "; one batch of images x is [x]" if isinstance(data, Tensor) else ""
+            raise TypeError(f"data must be a Dataset or an iterable of batches, got {type(data).__name__}{hint}")
+        if isinstance(data, tuple | list) and len(data) == 2 and _are_images(data[0]) and _are_labels(data[1]):
+            raise TypeError("data must be an iterable of batches, got one batch (images, labels); write [(x, y)]")
         if isinstance(data, IterableDataset):
             data = DataLoader(data, BATCH, collate_fn=getattr(data, "collate", None))
         self.limit = None if images is None else check_positive_int(images, "images")
@@ -243,6 +246,16 @@ class Source:
         while isinstance(data, Subset):
             data, where = data.dataset, data.indices[where]
         return str(data.name(where)) if hasattr(data, "name") else f"image {where}"
+
+
+def _are_images(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.ndim == 4
+
+
+def _are_labels(part: Any) -> bool:
+    if isinstance(part, Tensor):
+        return part.ndim == 1
+    return isinstance(part, list | tuple) and bool(part) and all(isinstance(label, int) for label in part)
 
 
 def _loader_of(data: Any) -> DataLoader[Any] | None:

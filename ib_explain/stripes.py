@@ -50,6 +50,8 @@ def find_layouts(
     Returns:
         For each name a `Layout`, or a sentence that says why its output is no grid.
     """
+    if host_device(model).type == "meta":
+        raise ValueError("model is on the meta device: it has shapes and no values to measure; load its weights first")
     results: dict[str, Layout | str] = {}
     readers: dict[str, list[Reader]] = {}
     open_names = list(names)

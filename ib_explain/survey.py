@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ib_explain.hooks import frozen, on_own_level, run_host
+from ib_explain.hooks import aside, frozen, on_own_level, registered, run_host
+from ib_explain.hosts import timm_config
 from ib_explain.layouts import leaves
 from ib_explain.readings import finest_grid
 from ib_explain.stripes import probe_batch
 
-__all__ = ["Candidate", "Survey", "survey"]
+__all__ = ["Candidate", "Survey", "refused_sizes_told", "survey"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ def survey(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -
     calls: list[tuple[str, list[tuple[int, ...]], tuple[Any, ...], int]] = []
     done = 0
 
-    def note(name: str, module: nn.Module) -> Any:
+    def note(name: str, module: nn.Module) -> RemovableHandle:
         leaf_module = next(module.children(), None) is None
 
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -58,17 +63,12 @@ def survey(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -
 
         return module.register_forward_hook(on_own_level(hook))
 
-    handles: list[Any] = []
+    # TorchScript takes no hooks of Python's.
+    layers = [(n, m) for n, m in host.named_modules() if n and not isinstance(m, torch.jit.ScriptModule)]
     with frozen(host), torch.enable_grad():
         x = probe_batch(host, 2, size).requires_grad_()
-        try:
-            for name, module in host.named_modules():
-                if name:
-                    handles.append(note(name, module))
-            logits = run_host(host, x, args)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with registered(*(functools.partial(note, name, module) for name, module in layers)):
+            logits = _run(host, x, args)
         cuts = _dominators(logits.grad_fn)
     runs = Counter(name for name, *_ in calls)
     depths = {name: position / max(done, 1) for name, _, _, position in calls}
@@ -83,6 +83,58 @@ def survey(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -
             found[nodes] = Candidate(name, depths[name], cut, max(grids, key=math.prod))
     candidates = sorted(found.values(), key=lambda c: c.depth)
     return Survey(runs, depths, candidates, differentiable=logits.grad_fn is not None)
+
+
+def _run(host: nn.Module, x: Tensor, args: tuple[Any, ...]) -> Tensor:
+    """The first pass at this size of images, in which a host may refuse it."""
+    try:
+        return run_host(host, x, args)
+    except REFUSALS as error:
+        if told := _refusal(host, tuple(x.shape[1:]), args, error):
+            raise told from error
+        raise
+
+
+@contextlib.contextmanager
+def refused_sizes_told(host: nn.Module, size: tuple[int, ...]) -> Iterator[None]:
+    """Errors inside that come of the host's refusing images of this size say so, as a ValueError."""
+    try:
+        yield
+    except REFUSALS as error:
+        causes = (error, error.__cause__)
+        if any(isinstance(cause, SizeRefused) for cause in causes) or _runs_at(host, size, ()):
+            raise
+        if told := _refusal(host, size, (), error):
+            raise told from error
+        raise
+
+
+class SizeRefused(ValueError):
+    """The host does not run on images of this size."""
+
+
+REFUSALS = (AssertionError, RuntimeError, ValueError)
+# torch's own words where shapes do not go together; an error of the host's own is left as it is.
+SHAPES = re.compile(r"shapes cannot be multiplied|size of tensor|is invalid for input of size|Kernel size can't be")
+
+
+def _refusal(host: nn.Module, size: tuple[int, ...], args: tuple[Any, ...], error: Exception) -> SizeRefused | None:
+    """The error in words of sizes, if it is about these: torch says so, or at its own size the host runs."""
+    own = tuple(timm_config(host).get("input_size") or size)
+    about_shapes = type(error) is RuntimeError and SHAPES.search(str(error))
+    if not about_shapes and (own == size or not _runs_at(host, own, args)):
+        return None
+    known = f"; its own size is {own}" if own != size else ""
+    return SizeRefused(f"the model refuses images of size {size}{known}: {' '.join(str(error).split())}")
+
+
+def _runs_at(host: nn.Module, size: tuple[int, ...], args: tuple[Any, ...]) -> bool:
+    try:
+        with aside(), torch.no_grad():
+            run_host(host, probe_batch(host, 2, (size[0], size[1], size[2])), args)
+    except REFUSALS:
+        return False
+    return True
 
 
 def _dominators(output: Any) -> set[Any]:

@@ -94,7 +94,10 @@ def number_format(intervals: Sequence[Interval]) -> Callable[[float], str]:
     if not halves or (certain and max(sizes) > 1000 * min(sizes)):
         return _three_digits
     decimals = 1 - math.floor(math.log10(float(np.median(halves))))
-    return _three_digits if decimals > 6 else lambda value: f"{value:.{max(decimals, 0)}f}"
+    if decimals > 6:
+        return _three_digits
+    digits = max(decimals, 0)
+    return lambda value: f"{round(value, digits) + 0.0:.{digits}f}"  # no minus in front of a zero
 
 
 def shown_score(summary: Summary, notes: Notes, method: str, metric: str) -> Shown:
@@ -240,6 +243,12 @@ def json_summary(summary: Summary) -> str:
 
 def reading(summary: Summary) -> str:
     """What the numbers are and what the order is."""
+    means = (
+        f"Means over {counted(summary.images, 'image')} with {100 * summary.confidence:g} % bootstrap percentile "
+        f"intervals ({summary.resamples} resamples of images, seed {summary.seed})."
+    )
+    if summary.ranked_metrics == 0:
+        return means
     order = f"Ordered by the mean rank over {counted(summary.ranked_metrics, 'metric')}"
     if aside := [facts.name for facts in summary.metrics if not facts.counts and _any_counts(summary)]:
         order += f" ({', '.join(aside)} {'does' if len(aside) == 1 else 'do'} not count)"
@@ -247,10 +256,7 @@ def reading(summary: Summary) -> str:
         order += ", cost aside"
     if any(rank.metrics < summary.ranked_metrics for rank in summary.mean_ranks.values()):
         order += "; methods without a rank in some of them come last"
-    return (
-        f"Means over {counted(summary.images, 'image')} with {100 * summary.confidence:g} % bootstrap percentile "
-        f"intervals ({summary.resamples} resamples of images, seed {summary.seed}). {order}."
-    )
+    return f"{means} {order}."
 
 
 def _any_counts(summary: Summary) -> bool:

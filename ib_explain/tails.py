@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ib_explain.hooks import (
     LayerError,
     find_module,
     on_own_level,
+    registered,
     replace_output,
     run_host,
     unwrap,
@@ -41,28 +43,26 @@ class TailRecorder:
         parts = name.split(".")
         self._ancestors = [".".join(parts[:depth]) for depth in range(len(parts))]
         self._outputs: dict[str, list[Any]] = {}
-        self._handles: list[Any] = []
+        self._registered = contextlib.ExitStack()
         self._arrived = False
 
     def __enter__(self) -> TailRecorder:
         self._outputs, self._arrived = {}, False
-        try:
-            for ancestor in self._ancestors:
-                module = self.model.get_submodule(ancestor)
-                for child_name, child in module.named_children():
-                    full = f"{ancestor}.{child_name}" if ancestor else child_name
-                    if full == self.name:
-                        self._handles.append(child.register_forward_hook(on_own_level(self._arrive)))
-                    elif full not in self._ancestors:
-                        self._handles.append(child.register_forward_hook(on_own_level(self._note(full))))
-        except BaseException:
-            self.__exit__()
-            raise
+        hooks: list[tuple[nn.Module, Callable[..., Any]]] = []
+        for ancestor in self._ancestors:
+            module = self.model.get_submodule(ancestor)
+            for child_name, child in module.named_children():
+                full = f"{ancestor}.{child_name}" if ancestor else child_name
+                if full == self.name:
+                    hooks.append((child, on_own_level(self._arrive)))
+                # TorchScript takes no hooks of Python's; such a child runs again.
+                elif full not in self._ancestors and not isinstance(child, torch.jit.ScriptModule):
+                    hooks.append((child, on_own_level(self._note(full))))
+        self._registered.enter_context(registered(*(partial(m.register_forward_hook, h) for m, h in hooks)))
         return self
 
     def __exit__(self, *_exception: Any) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        self._registered.close()
 
     def _arrive(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
         self._arrived = True

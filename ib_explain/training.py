@@ -246,7 +246,9 @@ class Trainer:
     def _targets(self, labels: Tensor | None, noise: _BatchNoise) -> Callable[[Tensor], Tensor] | Tensor:
         if self.settings.objective == "label":
             if labels is None:
-                raise ValueError("objective='label' needs data that yields (images, labels), got images alone")
+                raise ValueError(
+                    "objective='label' needs data that yields (images, labels), got images alone or labels of -1"
+                )
             return labels
         return lambda logits: noise.draw(logits.float().softmax(dim=1))
 

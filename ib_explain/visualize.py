@@ -59,7 +59,8 @@ def visualize(
 
     Args:
         x: the images as the host sees them, (B, 3, H, W) or (B, 1, H, W) float.
-        maps: (B, 1, H, W) or (B, H, W); or several, side by side: a mapping of names to maps, or a list of maps.
+        maps: (B, 1, H, W) or (B, H, W), a tensor or an array; or several, side by side: a mapping of names to maps, or
+            a list of maps.
         model: the host; its data configuration in timm tells mean and std.
         mean, std: of the normalisation, one number or one a channel, where `model` does not tell them.
         titles: one a row, such as the class that is explained.
@@ -307,7 +308,7 @@ def colour_range(values: Sequence[np.ndarray]) -> tuple[float, bool]:
 
 
 def _columns(maps: Any, unit: Any, batch: int, size: tuple[int, int]) -> list[_Column]:
-    if isinstance(maps, Tensor):
+    if isinstance(maps, Tensor | np.ndarray):
         listed = [("", maps)]
     elif isinstance(maps, Mapping):
         listed = [(str(name), m) for name, m in maps.items()]
@@ -317,6 +318,7 @@ def _columns(maps: Any, unit: Any, batch: int, size: tuple[int, int]) -> list[_C
         raise TypeError(f"maps must be a tensor, a mapping of names to tensors or a list, got {type(maps).__name__}")
     if not listed:
         raise ValueError("maps must hold at least one map, got none")
+    listed = [(name, torch.from_numpy(m) if isinstance(m, np.ndarray) else m) for name, m in listed]
     if isinstance(unit, Mapping):
         lacking = [name for name, _ in listed if name not in unit]
         if lacking:
@@ -358,6 +360,8 @@ def _configured(model: nn.Module) -> tuple[Channels, Channels]:
 
 def _per_channel(values: Channels, name: str, channels: int) -> Tensor:
     numbers = torch.as_tensor(values, dtype=torch.float32, device="cpu").flatten()
+    if channels == 1:
+        numbers = numbers.mean(0, keepdim=True)  # timm keeps three of a model that was made for grey images
     if len(numbers) not in (1, channels):
         raise ValueError(f"{name} must be one number or one for each of the {channels} channels, got {len(numbers)}")
     if name == "std" and not (numbers > 0).all():
@@ -427,14 +431,20 @@ def _show(axes: Axes, picture: np.ndarray) -> Axes:
     return axes
 
 
+MINUS = "\N{MINUS SIGN}"
+
+
 def _note(values: np.ndarray, unit: str) -> str:
     low, high = float(values.min()), float(values.max())
-    if low == high:
-        return "all zero" if low == 0 else f"constant {low:.3g}"
+    if low == high == 0:
+        return "all zero"
+    constant = f"constant {low:.3g}" if low == high else ""
     if not in_bits(unit):
-        return ""
+        return constant
     total = float(values.sum(dtype=np.float64))
-    return f"{total:,.0f} {unit} in total" if abs(total) >= 1000 else f"{total:.3g} {unit} in total"
+    told = f"{total:,.0f}" if abs(total) >= 1000 else f"{total:.3g}"
+    sum_told = f"{told.replace('-', MINUS)} {unit} in total"
+    return f"{constant}, {sum_told}" if constant else sum_told
 
 
 # The package's attribute of this name is the function: it carries the module's other names, so that

@@ -239,12 +239,12 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(host, x, tmp_path):
     assert {"run.json", "rows.csv", "summary.md", "report.html"} <= {p.name for p in (tmp_path / "run").iterdir()}
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for change, named in (
-        ({"data": [*batches(x)[:-1], (x[-2:] + 1, batches(x)[-1][1])]}, "data.batches"),
+        ({"data": [*batches(x)[:-1], (x[-2:] + 1, batches(x)[-1][1])]}, "run: the images differ"),
         ({"seed": 1}, "seed is 0 there and 1 here"),
-        ({"methods": ["edges"]}, "methods.center_gaussian"),
-        ({"data": batches(x + 1)}, "data.first_batch"),
+        ({"methods": ["edges"]}, "method center_gaussian is only there"),
+        ({"data": batches(x + 1)}, "images, labels or truths of the first batch differ"),
         ({"images": 4}, "data.images is 6 there and 4 here"),
-        ({"host": tiny(seed=3)}, "model.weights"),
+        ({"host": tiny(seed=3)}, "the model's weights differ"),
     ):
         options = {"host": host, "data": batches(x), **change}
         with pytest.raises(ValueError, match=named):
@@ -369,7 +369,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert "energy_inside" in said.out and "report.html" in said.out
     board = ibx.Leaderboard.read(tmp_path / "out")
     assert [row.name for row in board.rows[::4]] == ["a/0.png", "b/1.png"]  # those that have a box
-    assert board.run["settings"]["data"]["name"] == f"{tmp_path.name} val"
+    assert board.run["info"]["data"] == f"{tmp_path.name} val"
+    assert f"{tmp_path.name} val" in (tmp_path / "out" / "report.html").read_text()
     for more, message in (
         (["--methods", "gradcam"], "did you mean 'grad_cam'"),
         (["--metrics", "energy_inside"], "needs masks, which the data does not have"),

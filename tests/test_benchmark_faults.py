@@ -6,11 +6,13 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 import ib_explain as ibx
 from ib_explain import benchmark as run_benchmark
 from ib_explain.data.boxes import BoxBatch
 from ib_explain.figures import LIGHT, Plot
+from ib_explain.hooks import HostChanged
 from ib_explain.ib import IBAttention
 from ib_explain.methods.base import NotApplicable
 from ib_explain.pictures import Pictures
@@ -182,3 +184,47 @@ def test_masks_that_end_are_a_mistake_in_the_data(host, x, tmp_path):
     with pytest.raises(ValueError, match="batch 1 of the data has no masks, the first batch has"):
         measure(host, data, metrics=["energy_inside"], out=tmp_path)
     assert len(ibx.Leaderboard.read(tmp_path).rows) == 2
+
+
+def test_a_method_that_trains_the_host_changes_nothing_for_others(x):
+    host = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    host = host.append(nn.Linear(4, 5)).eval()
+    before = {name: value.clone() for name, value in host.state_dict().items()}
+
+    def careless(model, images, target):
+        model.train()
+        model(images)
+        return images.abs().mean(1)
+
+    board = measure(host, batches(x), [careless, "edges"], ["deletion"])
+    alone = measure(host, batches(x), ["edges"], ["deletion"])
+    assert torch.equal(values(board, "edges", "deletion"), values(alone, "edges", "deletion"))
+    ibx.attribute(host, x, method=careless)
+    assert all(torch.equal(value, before[name]) for name, value in host.state_dict().items())
+    assert not any(module.training for module in host.modules())
+
+    def destructive(model, images, target):
+        with torch.no_grad():
+            model[5].weight.mul_(0.5)
+        return images.abs().mean(1)
+
+    with pytest.raises(HostChanged, match=r"the method changed the model's weights \(5.weight\)"):
+        measure(host, batches(x), ["edges", destructive], ["deletion"])
+
+
+def test_one_batch_instead_of_a_list_of_them(host, x):
+    for data, hint in (((x, torch.zeros(6).long()), r"write \[\(x, y\)\]"), (x, r"is \[x\]"), ([x, [0] * 6], "write")):
+        with pytest.raises(TypeError, match=rf"data must be .*{hint}"):
+            measure(host, data, ["edges"], ["deletion"])
+
+
+def test_a_run_that_measured_nothing_does_not_hold_its_folder(host, x, tmp_path):
+    def slow(model, images, target):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        measure(host, batches(x), [slow], ["deletion"], out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert measure(host, batches(x), ["edges"], ["deletion"], out=tmp_path / "run").summary.methods == ("edges",)
+    with pytest.raises(MemoryError):  # what was finished before stays
+        measure(host, batches(x)[:1], [slow], ["deletion"], out=tmp_path / "other")

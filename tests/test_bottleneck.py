@@ -135,3 +135,10 @@ def test_no_gradient_is_too_small_for_its_digits(upstream, left):
     (gradient,) = torch.autograd.grad(_gelu(values), values, given)
     assert (expected != 0).any()
     assert torch.equal(gradient, expected if left else torch.zeros_like(expected))
+
+
+def test_quantised_attention_is_exactly_an_anchor():
+    anchors = Anchors(4)
+    anchors.values.data.copy_(torch.tensor([0.0427, 0.3157, 0.6304, 0.8946]))
+    got, _ = anchors(torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
+    assert set(got.unique().tolist()) == set(anchors.values.tolist())

@@ -92,14 +92,14 @@ def test_help_has_an_example_for_each_command_and_needs_no_torch():
         ([], "required: COMMAND; see `ib-explain --help`"),
         (["explain"], "invalid choice: 'explain'"),
         (["layers"], "required: MODEL; see `ib-explain layers --help`"),
-        (["layers", "test_resnet", "--inputsize", "3"], "unknown arguments: --inputsize 3; see"),
+        (["layers", "test_resnet", "--inputsize", "3"], "unknown arguments: --inputsize; see"),
         (["layers", "test_resnet", "--input-size", "3by4"], "must be a side such as 224 or HxW such as 192x256"),
         (["attribute", "test_resnet", "x.jpg", "--seed", "-1"], "must be an integer >= 0, got '-1'"),
         (["attribute", "test_resnet", "x.jpg", "--batch-size", "0"], "must be an integer >= 1, got '0'"),
         (["layers", "resnet_18"], "unknown model 'resnet_18'; did you mean resnet18"),
         (["layers", "resnet18.nope_in1k"], "Invalid pretrained tag"),
         (["layers", "test_resnet", "--device", "abacus"], "no device 'abacus' here; there: cpu"),
-        (["layers", "test_resnet", "--checkpoint", "nope.pt"], "no such checkpoint file: nope.pt"),
+        (["layers", "test_resnet", "--checkpoint", "nope.pt"], "no such checkpoint: nope.pt"),
         (["layers", *MODEL, "--layer", "layer9"], "has no layer 'layer9'; did you mean 'layer4'"),
         (["layers", *MODEL, "--layer", "fc"], "layer 'fc' has no spatial grid"),
         (["layers", "test_vit", "--input-size", "20"], "test_vit does not take inputs of 3x20x20"),
@@ -250,10 +250,19 @@ def test_attribute_knows_a_picture_by_its_content(host, pictures, tmp_path, caps
     one, other = (str(pictures / "train" / name / "0.png") for name in "ab")
     assert main([*words, one]) == 0 and main([*words, one]) == 0
     assert "1 maps, 1 of them from before" in capsys.readouterr().out
-    assert main([*words, other]) == 0  # of the same name
-    assert "from before" not in capsys.readouterr().out
-    with np.load(tmp_path / "maps" / "0.npz") as raw:
-        assert raw["image"] == other
+    for before in ("", ", 1 of them from before"):  # another picture of the same name gets a name of its own
+        assert main([*words, other]) == 0
+        assert f"1 maps{before}\n" in capsys.readouterr().out
+    for name, image in (("0", one), ("0-png", other)):
+        with np.load(tmp_path / "maps" / f"{name}.npz") as raw:
+            assert raw["image"] == image
+    with (tmp_path / "maps" / "maps.csv").open() as stream:  # a line for every map of the folder
+        assert {row["name"]: row["image"] for row in csv.DictReader(stream)} == {"0": one, "0-png": other}
+    pixels = np.asarray(Image.open(one)).copy()
+    pixels[:8] = 0
+    Image.fromarray(pixels).save(one)  # the same picture with another content is made again
+    assert main([*words, one]) == 0 and "from before" not in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "maps").glob("*.npz")) == ["0-png.npz", "0.npz"]
 
 
 def test_attribute_overwrites_its_own_maps_only(host, pictures, tmp_path, capsys):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
+import ib_explain as ibx
 from ib_explain.ib import IBAttention
 from ib_explain.sites import default_layer, resolve_site, sites
 from tests.test_sites import CLASSES, SIZE, TinyCNN, TwoPaths, make
@@ -95,10 +97,20 @@ class TestDefaultLayer:
 
     def test_rejected_layers_are_named(self) -> None:
         model = make(TinyCNN)
-        with torch.no_grad():
-            model.fc.weight.zero_()  # nothing reaches the logits
+        model.fc.register_forward_hook(lambda _module, _inputs, output: 0 * output)  # nothing reaches the logits
         with pytest.raises(ValueError, match=r"its logits are the same for all images, .*; name a layer"):
             default_layer(model, SIZE)
+
+    def test_a_head_of_zeros_is_looked_behind(self) -> None:
+        """torchvision's ViT is made with one."""
+        model, plain = make(TinyCNN), make(TinyCNN)
+        with torch.no_grad():
+            model.fc.weight.zero_()
+        assert default_layer(model, SIZE) == default_layer(plain, SIZE)
+        vit = VisionTransformer(32, 8, 3, 3, 24, 48, num_classes=5).eval()
+        assert not vit.heads.head.weight.any()
+        maps = ibx.attribute(vit, torch.randn(2, 3, 32, 32))
+        assert maps.shape == (2, 1, 32, 32) and maps.isfinite().all()
 
     def test_a_host_without_gradients_is_told(self) -> None:
         class Closed(nn.Module):

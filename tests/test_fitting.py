@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ib_explain.bottleneck.attention import AttentionNetwork
 from ib_explain.data.synthetic import Synthetic, demo_host
+from ib_explain.fitting import train
 from ib_explain.ib import IBAttention
 from ib_explain.objective import PRICE
 from tests.models import CLASSES, images, tiny
@@ -236,14 +238,49 @@ def test_a_run_folder_that_is_no_checkpoint(tmp_path):
     fit(data, steps=4, every=2, checkpoint=run)
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "run"}))
-    with pytest.raises(ValueError, match="is no checkpoint of a fit, or damaged: its config.json has no whole 'run'"):
+    with pytest.raises(ValueError, match=r"is damaged: bottleneck.safetensors or config.json was changed since"):
         fit(data, steps=4, checkpoint=run, resume=True)
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "optimiser.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is a damaged checkpoint: it has no optimiser.safetensors"):
+        fit(data, steps=4, checkpoint=run, resume=True)
+    with pytest.raises(TypeError, match="checkpoint must be the name of a folder, got 3"):
+        fit(data, steps=4, checkpoint=3)
+    with pytest.raises(TypeError, match="resume must be"):
+        fit(data, steps=4, checkpoint=run, resume="no")
 
 
-def test_a_checkpoint_that_is_loaded_as_a_bottleneck_says_what_it_is(tmp_path):
-    host = fit(batches(), steps=4, every=2, checkpoint=tmp_path / "run").host
-    with pytest.warns(UserWarning, match="is the checkpoint of a fit after step 4 of 4"):
+def test_when_checkpoints_are_written(tmp_path, monkeypatch):
+    """By default a tenth of the fit lies between two; there is one at the end in any case."""
+    written = []
+    monkeypatch.setattr("ib_explain.ib.write_checkpoint", lambda _path, _weights, _what, now: written.append(now))
+    for steps, every, expected in ((25, None, [*range(2, 26, 2), 25]), (5, None, [1, 2, 3, 4, 5]), (5, 3, [3, 5])):
+        written.clear()
+        fit(batches(), steps=steps, every=every, checkpoint=tmp_path / "run")
+        assert [now["run"]["step"] for now in written] == expected
+
+
+def test_a_checkpoint_that_is_loaded_as_a_bottleneck_says_what_it_is(tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    class Stopping(list):
+        def __iter__(self):  # once for the statistics, then to the end for the first batches of the training
+            yield from super().__iter__()
+            if trained:
+                raise Stopped
+
+    trained = []
+    monkeypatch.setattr("ib_explain.ib.train", lambda *args, **more: trained.append(1) or train(*args, **more))
+    host = tiny()
+    with pytest.raises(Stopped):
+        IBAttention(host, "stages.1").fit(Stopping(batches()), steps=99, every=2, checkpoint=tmp_path / "run")
+    with pytest.warns(UserWarning, match=r"is the checkpoint of a fit after step \d+ of 99; fit\(..., checkpoint="):
         IBAttention.load(tmp_path / "run", host)
+    fit(batches(), steps=4, checkpoint=tmp_path / "whole")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        IBAttention.load(tmp_path / "whole", fit(batches(), steps=1).host)
 
 
 @pytest.mark.parametrize("kind", ["fp16", "generator"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,7 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ib_explain.hooks import capture, find_module, frozen, module_name, replace_output, run_host, unwrap
+from ib_explain.hooks import (
+    HostChanged,
+    capture,
+    find_module,
+    frozen,
+    module_name,
+    registered,
+    replace_output,
+    run_host,
+    unharmed,
+    uninterrupted,
+    unwrap,
+)
 from ib_explain.layouts import map_tensors
 from ib_explain.tails import Tail, TailRecorder
 from tests.models import TinyCNN
@@ -155,6 +170,81 @@ class TestFrozen:
             assert host[0].grad_checkpointing is False
             raise ZeroDivisionError
         assert host[0].grad_checkpointing is True
+
+
+class TestUninterrupted:
+    def test_a_ctrl_c_waits_for_the_end(self) -> None:
+        done = []
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            with uninterrupted():
+                signal.raise_signal(signal.SIGINT)
+                done.append("inner")
+            done.append("outer")
+        assert done == ["inner", "outer"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_in_the_middle_of_registering_and_of_removing(self) -> None:
+        """A forward hook that exists before its handle is known would stay."""
+        model = TinyCNN()
+
+        def register(module: nn.Module) -> Any:
+            handle = module.register_forward_hook(lambda *_: None)
+            signal.raise_signal(signal.SIGINT)
+            return handle
+
+        modules = list(model.modules())[:3]
+        with pytest.raises(KeyboardInterrupt), registered(*(partial(register, module) for module in modules)):
+            raise AssertionError("nothing runs inside")
+        assert not any(module._forward_hooks for module in model.modules())
+
+        class Rude:
+            def remove(self) -> None:
+                signal.raise_signal(signal.SIGINT)
+
+        look = partial(modules[0].register_forward_hook, lambda *_: None)
+        with pytest.raises(KeyboardInterrupt), registered(Rude, look):  # type: ignore[arg-type]
+            pass
+        assert not any(module._forward_hooks for module in model.modules())
+
+    def test_in_the_middle_of_freezing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = mixed(TinyCNN())
+        before = state(model)
+        plain = nn.Parameter.requires_grad_
+        asked = iter([True])
+
+        def interrupted(parameter: nn.Parameter, flag: bool = True) -> nn.Parameter:
+            if next(asked, False):
+                signal.raise_signal(signal.SIGINT)
+            return plain(parameter, flag)
+
+        monkeypatch.setattr(nn.Parameter, "requires_grad_", interrupted)
+        with pytest.raises(KeyboardInterrupt), frozen(model):
+            raise AssertionError("nothing runs inside")
+        assert_same(before, state(model))
+
+    def test_other_threads_have_no_ctrl_c(self) -> None:
+        def run() -> None:
+            with uninterrupted():
+                said.append("ran")
+
+        said: list[str] = []
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert said == ["ran"]
+
+
+class TestUnharmed:
+    def test_buffers_come_back_and_other_weights_are_told(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with unharmed(model):
+            model(torch.randn(2, 3, 4, 4))  # in training mode
+            assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        expected = pytest.raises(HostChanged, match=r"changed the model's weights \(0.bias\)")
+        with expected, unharmed(model), torch.no_grad():
+            model[0].bias.add_(1)
 
 
 class TestUnwrap:

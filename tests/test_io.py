@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ib_explain.files import current_folder, replace_file, replace_folder
 from ib_explain.ib import IBAttention
-from ib_explain.io import fingerprint
+from ib_explain.io import fingerprint, write_folder
 from tests.models import images, tiny
 
 
@@ -85,10 +85,33 @@ def test_damaged_and_missing_files(saved, tmp_path):
     with pytest.raises(ValueError, match="format 99; this version of ib_explain reads format 1"):
         IBAttention.load(broken, tiny())
     config = json.loads(text)
-    config["layer"] = "stages.2"
-    (broken / "config.json").write_text(json.dumps(config))
+    for change in ({"layer": "stages.2"}, {"seed": 5}, {"record": {"settings": 3}}, {"gate": "residual"}):
+        (broken / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=r"is damaged: bottleneck.safetensors or config.json was changed since"):
+            IBAttention.load(broken, tiny())
+    (broken / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is damaged: "):
+        IBAttention.load(broken, tiny())
+    (broken / "config.json").write_text(json.dumps(config, indent=7))  # the same, otherwise written
+    assert IBAttention.load(broken, tiny()).fitted
+    write_folder(broken, load_file(broken / "bottleneck.safetensors"), {**config, "layer": "stages.2"})
     with pytest.raises(ValueError, match="it was fitted to 'stages.2' with 12 channels"):
         IBAttention.load(broken, tiny())
+
+
+def test_a_model_card_stays_and_a_link_is_followed(saved, tmp_path):
+    ib = saved[0]
+    ib.save_pretrained(tmp_path / "real")
+    card = tmp_path / "real" / "README.md"
+    assert card.is_file()
+    card.write_text("my own words")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    ib.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and card.read_text() == "my own words"
+    assert IBAttention.load(tmp_path / "real", ib.host).fitted
+    for bad in (3, b"x"):
+        with pytest.raises(TypeError, match="path must be the name of a folder, got"):
+            IBAttention.load(bad, ib.host)
 
 
 def test_from_pretrained_reads_a_local_folder_and_push_to_hub_uploads_the_same_files(saved, monkeypatch):
@@ -185,10 +208,10 @@ def test_weights_that_are_missing_or_broken(saved, tmp_path):
     tensors = load_file(file)
     name = next(n for n in tensors if n.startswith("network"))
     save_file({n: t for n, t in tensors.items() if n != name}, file)
-    with pytest.raises(ValueError, match="is damaged: bottleneck.safetensors is not the file that config.json was"):
+    with pytest.raises(ValueError, match="is damaged: bottleneck.safetensors or config.json was changed since they"):
         IBAttention.load(tmp_path / "ib", tiny())
     config = json.loads((tmp_path / "ib" / "config.json").read_text())
-    (tmp_path / "ib" / "config.json").write_text(json.dumps({**config, "digest": None}))
+    write_folder(tmp_path / "ib", load_file(file), config)
     with pytest.raises(ValueError, match="does not fit this model: .*Missing key") as caught:
         IBAttention.load(tmp_path / "ib", tiny())
     assert "\n" not in str(caught.value)
@@ -264,3 +287,21 @@ def test_the_fingerprint_sees_a_changed_weight():
         host.fc.bias[0] += 1e-3
     assert fingerprint(host) != before
     assert fingerprint(tiny()) == before
+
+
+def test_weights_that_changed_since_the_fit_are_told_once(saved, tmp_path):
+    host = tiny()
+    ib = IBAttention(host, "stages.1").fit([images(8)], steps=2, show_progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ib.attribute(images(2))
+        host.double().float()  # other tensors, the same weights
+        ib.attribute(images(2))
+    with torch.no_grad():
+        next(host.parameters()).add_(0.1)
+    with pytest.warns(UserWarning, match="weights were changed since the fit; fit again"):
+        ib.attribute(images(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ib.attribute(images(2))
+        ib.fit([images(8)], steps=2, show_progress=False).attribute(images(2))

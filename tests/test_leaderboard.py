@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -33,7 +35,7 @@ def test_saved_elsewhere_can_be_read_and_resumed(board, tmp_path, undrawn):
     store = RunStore.open(tmp_path / "copy", SETTINGS)
     assert [store.done(batch) for batch in range(4)] == [True, True, True, False]
     board.save(tmp_path / "copy")  # again: the same run may be written over itself
-    store.append(3, [Row(99, "new", "ib", "insertion", 0.5)])
+    store.append(3, [Row(99, "new", "ib", "energy_inside", 0.5)])
     with pytest.raises(ValueError, match="holds more of this run than is to be saved"):
         board.save(tmp_path / "copy")
 
@@ -55,6 +57,10 @@ def test_unfinished_and_missing_runs(tmp_path):
         Leaderboard.read(tmp_path / "run")
     store.append(0, [row for row in make_rows() if row.image < 4])
     assert Leaderboard.read(tmp_path / "run").summary.images == 4
+    store.run["settings"]["data"] = {"images": 6}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(store.run))
+    with pytest.warns(UserWarning, match=r"holds 4 of the run's 6 images; the command that began it goes on"):
+        Leaderboard.read(tmp_path / "run")
     with pytest.raises(ValueError, match="no rows of reference method 'grad-cam'; did you mean 'grad_cam'"):
         Leaderboard.read(tmp_path / "run", reference="grad-cam")
     with pytest.raises(ValueError, match="holds no run"):

@@ -332,3 +332,41 @@ def test_unit_and_first_line(method: str) -> None:
 def test_unknown_option_is_refused(method: str) -> None:
     with pytest.raises(TypeError, match=f"method '{method}' has no option 'sigmoid'"):
         ibx.attribute(host_of("test_resnet"), images(), method=method, sigmoid=1)
+
+
+def test_what_can_be_no_method_is_not_registered() -> None:
+    def mine(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        return x[:, 0]
+
+    class Mute:
+        unit = "nothing"
+
+    before = list(METHODS)
+    for register, error, text in (
+        (lambda: register_method(mine), TypeError, "the name of a method must be a str, got <function"),  # type: ignore[arg-type]
+        (lambda: register_method(7)(mine), TypeError, "the name of a method must be a str, got 7"),  # type: ignore[arg-type]
+        (lambda: register_method(" ")(mine), ValueError, "must not be empty"),
+        (lambda: register_method("five")(5), TypeError, "must be a class or a function"),  # type: ignore[type-var]
+        (lambda: register_method("mute")(Mute), TypeError, "Mute has none"),
+    ):
+        with pytest.raises(error, match=text):
+            register()
+    assert list(METHODS) == before
+
+
+def test_lrp_leaves_the_graphs_of_the_user_alone() -> None:
+    host = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    x = torch.randn(2, 3, 16, 16)
+    loss = host(x).sum()
+    assert ibx.attribute(host, x, method="lrp").isfinite().all()
+    loss.backward()
+    with pytest.raises(NotApplicable, match="zero in float16"):
+        ibx.attribute(host.half(), x.half(), method="lrp")
+
+
+def test_maps_that_are_finer_than_the_image_or_complex_are_refused() -> None:
+    host, x = tiny(), pictures(2)
+    with pytest.raises(ValueError, match="or a coarser grid of these proportions, got"):
+        ibx.attribute(host, x, method=lambda _m, x, _t: torch.rand(len(x), 2 * x.shape[2], 2 * x.shape[3]))
+    with pytest.raises(TypeError, match="real maps, got torch.complex64"):
+        ibx.attribute(host, x, method=lambda _m, x, _t: x[:, 0].to(torch.complex64))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import ib_explain as ibx
 from ib_explain.ib import IBAttention
@@ -48,11 +49,51 @@ class TestRestrict:
             (1.5, "1.5"),
             (-0.1, "-0.1"),
             (torch.nan, "nan"),
-            (torch.ones(2, 1, 3, 3), r"\(2, 1, 3, 3\), 1 to 1"),
+            (torch.full((1, 1, 2, 2), 3.0), "3 to 3"),
         ):
-            expected = rf"attention must be a number or \(2, 1, \d+, \d+\), in \[0, 1\], got {got}"
-            with pytest.raises(ValueError, match=expected), cnn[0].restrict(bad) as restricted:
-                restricted(images(2))
+            expected = rf"attention must be a number or a .*tensor \(B, 1, h, w\), in \[0, 1\], got {got}"
+            with pytest.raises(ValueError, match=expected), cnn[0].restrict(bad):
+                pass
+        misshapen = pytest.raises(ValueError, match=r"a number or \(2, 1, \d+, \d+\), got \(2, 1, 3, 3\)")
+        with cnn[0].restrict(torch.ones(2, 1, 3, 3)) as restricted, misshapen:
+            restricted(images(2))
+        for wrong in ("a", True, [0.5], torch.ones(1, dtype=torch.int64)):
+            with pytest.raises(TypeError, match="attention must be a number or a"), cnn[0].restrict(wrong):
+                pass
+
+    def test_what_is_no_batch_of_images(self, cnn):
+        for wrong in (images(2).numpy(), [images(2)], None, images(2)[0]):
+            with cnn[0].restrict(0.5) as restricted, pytest.raises((TypeError, ValueError), match="x must"):
+                restricted(wrong)
+
+    def test_attention_of_one_changes_nothing(self, cnn):
+        host = cnn[0].host
+        with torch.no_grad(), cnn[0].restrict(1.0) as restricted:
+            through = restricted(images(3))
+        assert torch.allclose(through, host(images(3)), atol=1e-6)
+
+    def test_the_default_layer_is_that_of_the_images(self):
+        """Not of the size that the configuration, or nobody, tells: this host runs at 64 pixels alone."""
+
+        class Flat(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.fc = nn.Conv2d(3, 4, 3, 4, 1), nn.Linear(4 * 16 * 16, 5)
+
+            def forward(self, x):
+                return self.fc(self.conv(x).flatten(1))
+
+        torch.manual_seed(0)
+        host = Flat().eval()
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in host.modules())
+        ib = IBAttention(host)
+        with ib.restrict(0.0) as restricted:
+            closed = restricted(images(3, size=64))
+        assert torch.equal(closed[0], closed[1])
+        assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in host.modules())
+        assert torch.equal(
+            ib.attribute(images(2, size=64)), IBAttention(host).attribute(images(2, size=64))
+        )  # as if it had not been used before
 
 
 @pytest.fixture(scope="module")

@@ -301,3 +301,11 @@ def test_bad_rows(changed, message):
 def test_bad_curves():
     with pytest.raises(ValueError, match=re.escape("must have scores (images, fractions) = (2, 3), got (3, 2)")):
         CurveBatch("ib", "insertion", [0, 1], [0, 0.5, 1], np.zeros((3, 2)))
+
+
+def test_a_batch_whose_curves_are_gone_is_not_finished(tmp_path):
+    store = RunStore.open(tmp_path / "run", SETTINGS)
+    fill(store, range(2))
+    (tmp_path / "run" / "curves" / "batch-000001.npz").unlink()
+    store = RunStore.open(tmp_path / "run", SETTINGS)
+    assert store.done(0) and not store.done(1)

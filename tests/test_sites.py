@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import ib_explain as ibx
 from ib_explain.ib import IBAttention
 from ib_explain.layouts import Layout
 from ib_explain.sites import candidate_layers, deeper_sites, default_layer, input_size_of, resolve_site, sites
@@ -203,8 +204,7 @@ class TestMeasures:
 
     def test_constant_logits_have_no_leak_to_measure(self) -> None:
         model = make(TinyCNN)
-        with torch.no_grad():
-            model.fc.weight.zero_()
+        model.fc.register_forward_hook(lambda _module, _inputs, output: 0 * output)
         site = resolve_site(model, "stages.1", SIZE)
         assert math.isnan(site.leak)
         assert site.reached == 0
@@ -288,7 +288,7 @@ class TestResolve:
                 ask(make(TinyCNN), size)
 
     def test_no_grid(self) -> None:
-        with pytest.raises(ValueError, match=r"layer 'fc' has no spatial grid: .*\('B', 5\)"):
+        with pytest.raises(ValueError, match=r"layer 'fc' has no spatial grid: .*\(B, 5\)"):
             resolve_site(make(TinyCNN), "fc", SIZE)
 
     @pytest.mark.parametrize(("name", "what"), [("idle", "does not run"), ("twice", "runs 2 times")])
@@ -318,9 +318,31 @@ class TestResolve:
         model = make(TinyCNN)
         before = resolve_site(model, "stages.1", SIZE)
         with torch.no_grad():
-            model.fc.weight.zero_()
-        assert before.effect == 1
-        assert math.isnan(resolve_site(model, "stages.1", SIZE).leak), "constant logits"
+            model.stages[2].conv.weight[:, :, :, 1:].zero_()
+        assert before.reached == 1
+        assert resolve_site(model, "stages.1", SIZE).reached < 1
+
+    def test_another_stride_is_probed_again(self) -> None:
+        """Which the weights do not tell; nor do they tell of a hook that pools."""
+        x = torch.randn(2, *SIZE)
+        for change in ("stride", "hook"):
+            model, fresh = make(TinyCNN), make(TinyCNN)
+            for method in ("ib", "grad_cam", "iba"):
+                ibx.attribute(model, x, layer="stages.1", method=method)
+            fitted = ibx.IBAttention(model, "stages.1").fit([x], steps=1, show_progress=False)
+            for changed in (model, fresh):
+                if change == "stride":
+                    changed.stem.stride = (4, 4)
+                else:
+                    changed.stages[1].register_forward_hook(lambda _m, _i, output: torch.max_pool2d(output, 2))
+            for method in ("ib", "grad_cam", "iba"):
+                maps = [ibx.attribute(host, x, layer="stages.1", method=method) for host in (model, fresh)]
+                assert torch.equal(*maps), (change, method)
+            with pytest.raises(
+                ValueError, match=r"fitted to another layer 'stages.1': it returns \(2, .*; the model was"
+            ):
+                fitted.attribute(x)
+            assert fitted.fit([x], steps=1, show_progress=False).attribute(x).isfinite().all()
 
     def test_an_output_in_place_behind_the_layer(self) -> None:
         """`stem` is followed by an in-place ReLU: the site is what the layer returned, before it."""

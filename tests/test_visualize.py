@@ -106,7 +106,7 @@ def test_zero_and_constant_maps_are_drawn_and_named(x):
     maps[2, 0, :5, :5] = 1.0
     figure = visualize(x, maps)
     said = texts(figure)
-    assert "all zero" in said and "constant 0.25" in said and "25 bits in total" in said
+    assert "all zero" in said and "constant 0.25, 192 bits in total" in said and "25 bits in total" in said
     plain = drawn(figure.axes[1])
     assert (np.ptp(plain.astype(int), axis=2) == 0).all()  # grey all over: no colour was invented
     washed = drawn(figure.axes[3]).astype(float)

@@ -37,4 +37,4 @@ class Anchors(nn.Module):
         value = self.values[edges.indices[nearest]]
         loss = CODEBOOK_WEIGHT * (attention.detach() - value).square().mean()
         loss = loss + COMMITMENT_WEIGHT * (attention - value.detach()).square().mean()
-        return attention + (value - attention).detach(), loss
+        return value.detach() + (attention - attention.detach()), loss  # in this order: exactly an anchor

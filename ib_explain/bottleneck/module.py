@@ -5,6 +5,8 @@ Its `state_dict` is the whole explainer. It knows no host and no hook: it gets a
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +126,7 @@ class Bottleneck(nn.Module):
             rows = classes.detach().float()
             self.register_buffer("classes", (rows - rows.mean(dim=0)) / rows.std().clamp_min(1e-12))
         self.relevance = None
-        with torch.device("cpu"):  # whatever torch's default device is, and below its default precision
+        with torch.device("cpu"), _in_float32():  # whatever torch's defaults are
             self.network = AttentionNetwork(channels, deep_channels, gradient=gradient, query_width=width)
             self.anchors = Anchors(anchors) if anchors else None
             if relevance:
@@ -172,6 +174,16 @@ class Bottleneck(nn.Module):
             deep_gradients = [m.of_gradient(g) for m, g in zip(deep, seen.deep_gradients, strict=True)]
             return Reading(site(seen.features), read, site.of_gradient(seen.gradient), deep_gradients, None)
         return Reading(site(seen.features), read, None, [], self.get_buffer("classes")[seen.target])
+
+
+@contextlib.contextmanager
+def _in_float32() -> Iterator[None]:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def empty_bottleneck(

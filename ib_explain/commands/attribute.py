@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     folder = MapFolder(out, _command(args, host, size), overwrite=args.overwrite)
     folders = class_folders(pictures) or ((fitted.record or {}).get("class_folders") if fitted else None)
     classes = class_names(host, imagenet=has_timm_weights(args), folders=folders)
-    names, paths = plan_names(below), [path for path, _ in below]
+    names, paths = plan_names(below, folder.belongs), [path for path, _ in below]
     folder.check_inputs(names, paths)
     reader = _Reader(pictures, paths, preprocess_for(host, size))
     done = {i for i, name in enumerate(names) if folder.holds(name, functools.partial(_digest, paths[i]))}
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
                 done.add(item.place)
                 progress.step()
 
-    rows = folder.finish([names[i] for i in sorted(done)])
+    rows = folder.finish([names[i] for i in sorted(done)])  # those of this call
     if len(done) > 1:
         _draw_sheet(folder, host, reader, sorted(done)[:SHEET_IMAGES], names, unit)
     _report(folder.path, rows, len(names) - len(todo), unit)

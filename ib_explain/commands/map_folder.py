@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,13 @@ RUN, TABLE = "run.json", "maps.csv"
 MADE_BY = {"made by": "ib-explain attribute"}  # tells our run.json from others
 SHEET = "sheet.png"
 RESERVED = ("sheet",)  # names that no image gets
+DAMAGED = (OSError, ValueError, KeyError, zlib.error, zipfile.BadZipFile)  # what reading a damaged .npz raises
 
 
 class MapFolder:
     """NAME.png and NAME.npz for each image, `maps.csv` with a line an image, `run.json` with what made them.
+
+    Calls of one command with other images add to the folder; `sheet.png` shows those of the last call.
 
     An .npz holds `map` (H, W) float32 at the host's input resolution and the facts about it: `image` (its path),
     `digest` (of the file's bytes), `unit`, `bits` (the map's sum; NaN where the unit is another), `target` (class
@@ -65,8 +69,17 @@ class MapFolder:
             return False
         try:
             return self.read(name)[0]["digest"] == digest()
-        except (OSError, ValueError, zlib.error, zipfile.BadZipFile):  # damaged: it is made again
+        except DAMAGED:  # it is made again
             return False
+
+    def belongs(self, name: str, path: Path) -> bool:
+        """Whether a name is free for this image: no map of that name, or one of this very image, whatever is in it."""
+        if self._replaces or not _is_ours(self._raw(name)):
+            return True
+        try:
+            return Path(self.read(name)[0]["image"]).absolute() == path.absolute()
+        except DAMAGED:  # it is made again
+            return True
 
     def check_inputs(self, names: Iterable[str], images: Iterable[Path]) -> None:
         """Make sure that no picture would be written over an image that is explained, whatever `overwrite` says.
@@ -100,14 +113,25 @@ class MapFolder:
             return facts, torch.from_numpy(raw["map"])[None]
 
     def finish(self, names: Iterable[str]) -> list[dict[str, Any]]:
-        """Write the table over these images, if there are any, and return its rows."""
-        rows = [{"name": name, **self.read(name)[0]} for name in names]
-        if not rows:
+        """Write the table over all maps that are here, these images first, and return the rows of these."""
+        chosen = [{"name": name, **self.read(name)[0]} for name in names]
+        if not chosen:
             return []
+        rows = chosen + self._others({row["name"] for row in chosen})
         with replace_file(self.path / TABLE) as file, file.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+        return chosen
+
+    def _others(self, names: Collection[str]) -> list[dict[str, Any]]:
+        """Rows of the maps that earlier calls made of other images."""
+        rows = []
+        for raw in sorted(self.path.rglob("*.npz")):
+            name = raw.relative_to(self.path).with_suffix("").as_posix()
+            if name not in names and _is_ours(raw):
+                with contextlib.suppress(*DAMAGED):
+                    rows.append({"name": name, **self.read(name)[0]})
         return rows
 
     def _picture(self, name: str) -> Path:
@@ -146,7 +170,7 @@ def _is_ours(raw: Path) -> bool:
     return names >= {"map", "image", "digest", "unit", "target"}
 
 
-def plan_names(sources: Sequence[tuple[Path, Path]]) -> list[str]:
+def plan_names(sources: Sequence[tuple[Path, Path]], free: Callable[[str, Path], bool] | None = None) -> list[str]:
     """A name for each image, unique and the same in every run with the same images.
 
     The name is the path below the folder that was given, without suffix. Where several images would share it, the first
@@ -154,12 +178,13 @@ def plan_names(sources: Sequence[tuple[Path, Path]]) -> list[str]:
 
     Args:
         sources: (path, path below the folder that was given) of each image.
+        free: whether an image may have a name.
     """
     taken: dict[str, None] = dict.fromkeys(RESERVED)  # an ordered set
     for path, below in sources:
         plain = below.with_suffix("").as_posix().replace("../", "").lstrip("/")
         name, number = plain, 1
-        while name in taken:
+        while name in taken or not (free is None or free(name, path)):
             name = f"{plain}-{path.suffix[1:]}" if number == 1 else f"{plain}-{number}"
             number += 1
         taken[name] = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_images
-from ib_explain.hooks import run_host
+from ib_explain.hooks import run_host, unharmed
 from ib_explain.registry import Registry
 from ib_explain.sites import Site, resolve_site
 from ib_explain.targets import Target, resolve_target
@@ -118,10 +118,16 @@ def register_method(name: str) -> Callable[[M], M]:
     whose docstring's first line is shown.
 
     Raises:
-        ValueError: the name is taken.
+        TypeError: no name, or neither a class with `__call__` nor a function.
+        ValueError: the name is empty or taken.
     """
+    METHODS.check_name(name)
 
     def file(method: M) -> M:
+        if not callable(method):
+            raise TypeError(f"method {name!r} must be a class or a function f(model, x, target), got {method!r}")
+        if isinstance(method, type) and "__call__" not in dir(method):
+            raise TypeError(f"method {name!r} needs __call__(self, call) -> maps; {method.__name__} has none")
         METHODS.register(name)(method if isinstance(method, type) else _of_function(name, method))
         return method
 
@@ -136,7 +142,8 @@ def _of_function(name: str, given: Callable[[nn.Module, Tensor, Tensor], Any]) -
 
         def __call__(self, call: Call) -> Any:
             call.refuse_layer(name)
-            return given(call.model, call.x.detach().clone(), call.classes().clone())
+            with unharmed(call.model):
+                return given(call.model, call.x.detach().clone(), call.classes().clone())
 
     Function.__doc__ = given.__doc__
     return Function

@@ -7,6 +7,7 @@ become one. All explain the target's logit and take no layer, except `guided_gra
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ib_explain.checks import check_images, check_number, check_positive_int
 from ib_explain.hooks import run_host
 from ib_explain.maps import resize
-from ib_explain.methods.base import Call, check_reference, register_method
+from ib_explain.methods.base import Call, NotApplicable, check_reference, register_method
 from ib_explain.methods.cam import glance
 from ib_explain.methods.captum_host import for_captum, inspect
 from ib_explain.methods.captum_rules import PROPAGATED, check_deep_lift, check_guided, check_lrp
@@ -232,8 +233,11 @@ class LRP:
         call.refuse_layer("lrp")
         structure = inspect(call.model, call.x)
         check_lrp(call.model, structure)
+        if call.x.dtype == torch.float16:
+            raise NotApplicable("LRP's epsilon, 1e-9, is zero in float16; explain a float32 copy of the model")
         classes = call.classes()
-        with for_captum(call.model, structure.calls) as host:
+        # Captum's LRP writes weights and puts them back: into a copy, since a graph of the user's may hold the host's.
+        with for_captum(copy.deepcopy(call.model), structure.calls) as host:
             peer = Peer(host)
             # Captum refuses a host for an nn.Identity or nn.Flatten, in which nothing happens: show it the others.
             peer._get_layers = lambda model: peer.layers.extend(m for m in model.modules() if type(m) in PROPAGATED)

@@ -158,8 +158,9 @@ def register_metric(
 
     Raises:
         ValueError: a second owner of the name, an unknown family, or a need that `Case` does not have.
-        TypeError: needs that are one string.
+        TypeError: no name, needs that are one string, or what is no function.
     """
+    METRICS.check_name(name)
     if isinstance(needs, str):
         raise TypeError(f"metric {name!r} takes needs as a tuple of names, got the string {needs!r}")
     if family not in FAMILIES:
@@ -169,6 +170,8 @@ def register_metric(
         raise ValueError(f"metric {name!r} needs {unknown[0]!r}, which a Case has not; known: {', '.join(NEEDS)}")
 
     def file(score: Callable[[Case], Tensor]) -> Callable[[Case], Tensor]:
+        if not callable(score):
+            raise TypeError(f"metric {name!r} must be a function of a Case, got {score!r}")
         METRICS.register(name)(Metric(name, family, unit, higher_is_better, needs, score, derived))
         return score
 

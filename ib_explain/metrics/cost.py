@@ -99,13 +99,14 @@ def count_passes(model: nn.Module, x: Tensor, explain: Explain, target: Target =
     network: what they take is what the user pays. Element-wise work (masks, blurs by sums, resizing) does not count.
 
     Args:
-        model, x, explain, target: as for `measure_cost`.
+        model, x, explain, target: as for `measure_cost`; `explain` is called once before.
 
     Returns:
         Forward and backward passes. NaN for a host without any such product.
     """
     with frozen(model) as host:
         classes, _ = _prepared(host, x, target)
+        explain(host, x, classes)  # what is found out once for a host, such as its layers, is no part of the price
         return _passes(host, x, classes, lambda: explain(host, x, classes))
 
 
