@@ -48,6 +48,7 @@ class Site:
         depth: share of the host's module calls that are done when the layer returns, in (0, 1].
         leak: share of the logits' spread over images that is left when the grid holds the same noise for every image
             and all that stands beside it is held at its mean; 0 is a perfect cut, 1 no cut, NaN if logits are constant.
+            Of a head of zeros, as untrained hosts may have, what enters it stands for the logits.
         effect: share of the logits' spread that is left when only the grid differs between images (the rest held at
             its mean): what a bottleneck on the grid can keep.
         reached: share of the grid's positions that the logits' gradient reaches.

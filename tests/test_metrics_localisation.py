@@ -233,12 +233,11 @@ def test_registered_under_its_name(measure):
     assert (metric.family, metric.higher_is_better) == ("localisation", True)
     assert METRICS.summaries()[measure.__name__] == measure.__doc__.split("\n")[0]
     torch.testing.assert_close(metric(Case(maps=maps, masks=masks)), measure(maps, masks))
-    if measure is not pointing_game:
-        relative = METRICS.get(f"{measure.__name__}_relative")
-        assert measure.__name__ in METRICS.summaries()[f"{measure.__name__}_relative"]
-        torch.testing.assert_close(
-            relative(Case(maps=maps, masks=masks)), relative_to_centre(measure, maps, masks), equal_nan=True
-        )
+    relative = METRICS.get(f"{measure.__name__}_relative")
+    assert measure.__name__ in METRICS.summaries()[f"{measure.__name__}_relative"]
+    torch.testing.assert_close(
+        relative(Case(maps=maps, masks=masks)), relative_to_centre(measure, maps, masks), equal_nan=True
+    )
 
 
 # Bad input.

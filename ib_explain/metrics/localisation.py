@@ -146,8 +146,9 @@ def relative_to_centre(
 ) -> Tensor:
     """A localisation score divided by what a centred Gaussian gets on the same mask: above 1 beats the centre.
 
-    Options of the measure go in by `functools.partial`. For `pointing_game`, whose score is 0 or 1 for an image, divide
-    the two averages instead: `measure(centred_gaussian(size).expand_as(maps), masks)` is the Gaussian's.
+    Options of the measure go in by `functools.partial`. Of `pointing_game`, whose score is 0 or 1 for an image, only
+    those images are left whose centre is on the object; to count all of them divide the two averages instead, that of
+    the method and that of `center_gaussian`.
 
     Args:
         measure: one of this file's scores, or any `f(maps, masks) -> (B,)`.
@@ -193,12 +194,11 @@ for _measure, _unit in (
     (best_iou, "intersection over union"),
 ):
     register_function(_measure, family="localisation", unit=_unit, needs=("maps", "masks"))
-    if _measure is not pointing_game:  # 0 or 1 divided by 0 or 1 says nothing about one image
-        register_function(
-            _against_centre(_measure),
-            family="localisation",
-            unit="times the centre prior",
-            needs=("maps", "masks"),
-            suffix="_relative",
-            derived=True,
-        )
+    register_function(
+        _against_centre(_measure),
+        family="localisation",
+        unit="times the centre prior",
+        needs=("maps", "masks"),
+        suffix="_relative",
+        derived=True,
+    )
