@@ -261,12 +261,12 @@ class TestRefusal:
     def test_pooled_vector(self) -> None:
         _, answer = found(lambda x: x.mean(dim=(2, 3)), lambda o: o[:, :, None, None])
         rule = "at least 2 x 2 positions in the aspect of the 40 x 60 input, or 9 beside other tokens"
-        assert answer == f"expected {rule}, got ('B', 8)"
+        assert answer == f"expected {rule}, got (B, 8)"
 
     def test_gate(self) -> None:
         _, answer = found(lambda x: x.mean(dim=(2, 3), keepdim=True), lambda o: o)
         assert isinstance(answer, str)
-        assert "('B', 8, 1, 1)" in answer
+        assert "(B, 8, 1, 1)" in answer
 
     def test_nothing_with_a_batch(self) -> None:
         _, answer = found(lambda x: x.sum() * torch.ones(2, 3), lambda o: o.sum() * torch.ones(4, CHANNELS, 2, 2))
@@ -284,7 +284,7 @@ class TestRefusal:
         assert isinstance(answer, str)
         rule = "at least 9 positions that follow the input's with a correlation of 0.85"
         assert answer.startswith(f"expected {rule}, got ")
-        assert answer.endswith(" at best, for 10 x 15 positions of ('B', 150, 8)")
+        assert answer.endswith(" at best, for 10 x 15 positions of (B, 150, 8)")
 
     def test_tokens_of_a_tiny_grid(self) -> None:
         """Four positions beside a class token: the error names the rule that they break."""
@@ -294,7 +294,7 @@ class TestRefusal:
             size=(3, 8, 8),
         )
         rule = "at least 2 x 2 positions in the aspect of the 8 x 8 input, or 9 beside other tokens"
-        assert answer == f"expected {rule}, got ('B', 5, 8)"
+        assert answer == f"expected {rule}, got (B, 5, 8)"
 
 
 class TestFinestGrid:
