@@ -140,7 +140,8 @@ def benchmark(
         try:
             _run(measure, source, store, accelerator, show_progress)
         except BaseException:
-            store.discard_if_empty()
+            if accelerator.num_processes == 1:  # others may be at work in it
+                store.discard_if_empty()
             raise
         board = Leaderboard.of(store, reference=reference)
         if accelerator.is_main_process:

@@ -25,7 +25,7 @@ def did_you_mean(name: str, known: Iterable[str], *, limit: int = 12) -> str:
     """Return "; did you mean 'x'? known: ..." for an error about an unknown `name`."""
     known = list(known)
     lowered = {k.lower(): k for k in known}
-    near = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)
     squashed = name.lower().replace("_", "").replace("-", "")
     near = [k for k in lowered if k.replace("_", "") == squashed] or near
     hint = f"; did you mean {' or '.join(repr(lowered[n]) for n in near)}?" if near else ""

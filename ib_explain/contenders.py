@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.attribution import as_maps, check_host, method_runner, run_method
+from ib_explain.facts import with_fresh_facts
 from ib_explain.hooks import find_module, frozen, module_name, unwrap
 from ib_explain.ib import OUTPUTS, IBAttention
 from ib_explain.methods import METHODS
@@ -73,7 +74,8 @@ class Contender:
         maps = []
         with frozen(model) as host, seeded(seed):
             for part, classes in zip(x.split(batch_size or len(x)), target.split(batch_size or len(x)), strict=True):
-                maps.append(as_maps(run_method(self.run, kind(host, part, classes, chosen, seed, batch_size)), part))
+                call = kind(host, part, classes, chosen, seed, batch_size)
+                maps.append(as_maps(with_fresh_facts(host, functools.partial(run_method, self.run, call)), part))
         return torch.cat(maps)
 
 

@@ -51,7 +51,9 @@ class CleanPass:
         self.head = None if self.spread > 0 else _zero_head(host, logits.shape[1])
         if self.head is not None:
             with frozen(host), torch.no_grad():
-                self.spread = _spread(self._said(lambda: run_host(host, self.x, args)))
+                entered = self._entering(lambda: run_host(host, self.x, args))
+            self.spread = 0.0 if entered is None else _spread(entered)
+            self.head = None if entered is None else self.head  # it does not run, or not as a module
 
     def effect(self, name: str, layout: Layout, tail: Tail | None = None) -> float:
         """Share of the logits' spread that is left when only the grid differs between images."""
@@ -98,11 +100,21 @@ class CleanPass:
         """The logits that `run` gives, or what enters a head of zeros meanwhile, (B, K)."""
         if self.head is None:
             return run().float()
+        entered = self._entering(run)
+        assert entered is not None, "it ran in the first pass"
+        return entered
+
+    def _entering(self, run: Callable[[], Tensor]) -> Tensor | None:
+        """What enters the head of zeros meanwhile, (B, D); None where it does not run once."""
+        assert self.head is not None
         entered: list[Tensor] = []
-        hook = on_own_level(lambda _module, inputs: entered.append(inputs[0]))
-        with registered(partial(self.head.register_forward_pre_hook, hook)):
+
+        def look(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            entered.extend(value for value in (*inputs, *named.values()) if isinstance(value, Tensor))
+
+        with registered(partial(self.head.register_forward_pre_hook, on_own_level(look), with_kwargs=True)):
             run()
-        return entered[-1].float().flatten(1)
+        return entered[0].float().flatten(1) if len(entered) == 1 else None
 
     def _share(self, logits: Tensor) -> float:
         return _spread(logits) / self.spread if self.spread > 0 else math.nan

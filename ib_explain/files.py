@@ -95,6 +95,7 @@ def check_replaceable(path: str | Path, ours: Collection[str]) -> None:
 def current_folder(path: str | Path) -> Path | None:
     """The folder itself, or the older one that a crash left set aside, or None."""
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path
     return next((candidate for candidate in (path, _aside(path)) if candidate.is_dir()), None)
 
 

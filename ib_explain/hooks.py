@@ -25,7 +25,6 @@ from ib_explain.checks import did_you_mean
 
 __all__ = [
     "HostArgs",
-    "HostChanged",
     "LayerError",
     "aside",
     "capture",
@@ -33,12 +32,13 @@ __all__ = [
     "frozen",
     "host_device",
     "host_dtype",
+    "lacks_memory",
     "module_name",
     "on_own_level",
     "outside_inference_mode",
 ]
 __all__ += ["registered", "replace_output", "restricting_hooks", "run_host", "uninterrupted", "unwrap"]
-__all__ += ["unharmed", "users_hooks_silent"]
+__all__ += ["users_hooks_silent"]
 
 
 class LayerError(RuntimeError):
@@ -272,34 +272,6 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
                     module._compiled_call_impl = implementation
 
 
-class HostChanged(RuntimeError):
-    """Code of the user's left the host with other weights."""
-
-
-@contextlib.contextmanager
-def unharmed(host: nn.Module) -> Iterator[None]:
-    """Buffers that code of the user's writes to, such as running statistics in training mode, are put back.
-
-    Raises:
-        HostChanged: the method changed a parameter. It stays changed: a copy of all weights would be too much to hold.
-    """
-
-    def version(tensor: Tensor) -> int | None:
-        return None if tensor.is_inference() else tensor._version
-
-    buffers = [(buffer, buffer.clone()) for buffer in host.buffers()]  # whose versions batch norm does not raise
-    weights = [(name, parameter, version(parameter)) for name, parameter in host.named_parameters()]
-    try:
-        yield
-    finally:
-        with uninterrupted(), torch.no_grad():
-            for buffer, kept in buffers:
-                if not torch.equal(buffer, kept):
-                    buffer.copy_(kept)
-    if changed := [name for name, parameter, before in weights if version(parameter) != before]:
-        raise HostChanged(f"the method changed the model's weights ({changed[0]}); explain a copy of the model in it")
-
-
 @contextlib.contextmanager
 def outside_inference_mode() -> Iterator[None]:
     """Leave the caller's `torch.inference_mode()`, in which no gradient can be had, for `torch.no_grad()`."""
@@ -344,6 +316,16 @@ def _images_spared(host: nn.Module) -> Iterator[None]:
         lambda: host.register_forward_hook(_ours(after)),
     ):
         yield
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error tells of too little memory or of a GPU that is gone, and nothing of what was run."""
+    broken = getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError)
+    # The errors of the CPU, of cuBLAS and cuDNN, and of Apple's GPUs have no class of their own.
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    if type(error) is RuntimeError and any(word in str(error) for word in words):
+        return True
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError | broken)
 
 
 class HostArgs(tuple[Any, ...]):
@@ -470,7 +452,7 @@ def capture(
 @contextlib.contextmanager
 def replace_output(
     model: nn.Module,
-    name: str | Callable[[], str],
+    name: str | Callable[[], str | None],
     edit: Callable[[Any], Any],
     *,
     before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
@@ -479,7 +461,8 @@ def replace_output(
 
     Args:
         model: the host, wrapped or not.
-        name: of the layer, or what gives it once `before` has seen the pass.
+        name: of the layer, or what gives it: at the start, where None is unknown yet, and whenever `before` has seen a
+            pass.
         edit: from the layer's output to what the pass goes on with.
         before: called with the arguments of each pass, positional and named, before it starts; passes that it runs
             itself are not touched.
@@ -506,7 +489,7 @@ def replace_output(
                 before(inputs, named)
         runs = 0
         if callable(name):
-            go_to(name())
+            go_to(str(name()))
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         nonlocal runs
@@ -527,6 +510,6 @@ def replace_output(
         ),
         at_layer,
     ):
-        if not callable(name):
-            go_to(name)
+        if (known := name() if callable(name) else name) is not None:
+            go_to(known)
         yield

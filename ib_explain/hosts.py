@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ib_explain.hooks import unwrap
 
-__all__ = ["class_names", "load_host", "pick_device", "timm_config", "timm_data_config"]
+__all__ = ["class_names", "input_size_of", "load_host", "pick_device", "timm_config", "timm_data_config"]
 
 
 def load_host(
@@ -94,6 +95,23 @@ def timm_config(model: nn.Module) -> dict[str, Any]:
             config.to_dict() if hasattr(config, "to_dict") else {}
         )  # timm's own class, or somebody else's attribute
     return dict(config)
+
+
+def input_size_of(model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) from the host's own data config (timm), else (3, 224, 224)."""
+    host = unwrap(model)
+    config = timm_config(host)
+    size = config.get("input_size") or (3, 224, 224)
+    # timm keeps three channels in it when a model is made with in_chans=1 or 6. The first convolution knows better,
+    # unless squares of pixels were folded into channels before it (4 x 4 of them in TResNet).
+    first = config.get("first_conv")
+    first = first[0] if isinstance(first, tuple | list) and first else first
+    stem = dict(host.named_modules()).get(first) if isinstance(first, str) else None
+    channels = size[0]
+    if isinstance(stem, nn.Conv2d) and stem.groups == 1:
+        folded = stem.in_channels % size[0] == 0 and math.isqrt(stem.in_channels // size[0]) ** 2 * size[0]
+        channels = size[0] if folded == stem.in_channels else stem.in_channels
+    return int(channels), int(size[1]), int(size[2])
 
 
 def timm_data_config(model: nn.Module) -> dict[str, Any] | None:

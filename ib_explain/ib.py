@@ -44,6 +44,7 @@ from ib_explain.fitting import (
 )
 from ib_explain.hooks import (
     HostArgs,
+    LayerError,
     capture,
     find_module,
     frozen,
@@ -154,7 +155,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         self.relevance = relevance
         self.record: dict[str, Any] | None = None
         self._fitted_to: dict[str, Any] | None = None  # the host then, by `host_facts`
-        self._weights_seen: int | None = None  # the host's, when they were last compared with those of the fit
+        self._weights_seen: tuple[int, torch.dtype] | None = (
+            None  # the host's, when they were last compared with those of the fit
+        )
         self._bottleneck: Bottleneck | None = None
         self._place: Place | None = None
 
@@ -293,7 +296,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             )
         # Only now: a run that is interrupted leaves an earlier fit as it was.
         self._bottleneck = bottleneck.requires_grad_(False)
-        self._fitted_to, self._weights_seen = description["host"], weights_state(self.host)
+        self._fitted_to, self._weights_seen = description["host"], (weights_state(self.host), host_dtype(self.host))
         self._settle(place)
         images = int(bottleneck.restriction.moments.get_buffer("count"))
         about = {"layer": place.site.name, "device": str(device), "data": _source(data)}
@@ -404,7 +407,12 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         if attention is None:
             self._require_fitted()
         attention = None if attention is None else _as_attention(attention)
+        if attention is None:
+            self._check_weights()
         with frozen(self.forward_func) as host:
+            if self.layer_name is None:  # by the host's own size; of other images it is found when they come
+                with contextlib.suppress(LayerError, ValueError):
+                    self._settle(find_place(host, None, input_size_of(host)))
             plan: list[tuple[Restriction, Observation, Layout, Tensor]] = []
 
             def prepare(inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -421,11 +429,13 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 seen = dataclasses.replace(seen, output=output, features=layout.to_grid(output))
                 noise = normal(generator_of(self.seed, value.device), 1, *seen.features.shape[1:])
                 restricted = restriction.apply_to(seen, layout, value, noise)
+                if not GATES.get(self.gate).measures_bits:
+                    return restricted
                 # Gates stop short of 1, where a rate would be infinite; what is asked to pass whole passes whole.
                 passes = torch.where(value < 1, layout.to_grid(restricted), seen.features)
                 return layout.with_grid(restricted, passes)
 
-            with replace_output(host, lambda: str(self.layer_name), edit, before=prepare):
+            with replace_output(host, lambda: self.layer_name, edit, before=prepare):
                 yield host
 
     def save(self, path: str | Path) -> None:
@@ -488,7 +498,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 told = " ".join(str(error).split())
                 raise ValueError(f"{path} does not fit this model: {told}") from error
-        self.record, self._fitted_to, self._weights_seen = config.get("record"), fitted_to, weights_state(self.host)
+        self.record, self._fitted_to = config.get("record"), fitted_to
+        self._weights_seen = weights_state(self.host), host_dtype(self.host)
         return self
 
     @classmethod
@@ -562,17 +573,19 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
 
     def _check_weights(self) -> None:
         """Warn, once, that the host is not as it was when the bottleneck was fitted to it."""
-        now = weights_state(self.host)
+        now = weights_state(self.host), host_dtype(self.host)
         if now != self._weights_seen and self._fitted_to is not None:
+            # Another precision rounds the weights: they cannot be compared.
+            same_precision = self._weights_seen is None or self._weights_seen[1] == now[1]
             self._weights_seen = now
-            if fingerprint(self.host) != self._fitted_to["weights"]:
+            if same_precision and fingerprint(self.host) != self._fitted_to["weights"]:
                 warn_user("the model's weights were changed since the fit; fit again for bits that hold")
 
     def _find_place(self, host: nn.Module, images: Tensor) -> Place:
-        """Where a fit on such images sits, looked at with one of them."""
+        """Where a fit on such images sits, looked at with two of them."""
         place = find_place(host, self.asked_layer, _size(images))
         with torch.no_grad(), capture(host, [place.site.name], stop=True) as seen:
-            run_host(host, images[:1].to(host_device(host), host_dtype(host)))
+            run_host(host, images[:2].to(host_device(host), host_dtype(host)))
         place.site.layout.to_grid(seen[place.site.name])
         return place
 

@@ -90,7 +90,8 @@ class Leaderboard:
         """
         store = RunStore.read(folder)
         board = cls.of(store, reference=reference, pictures=Pictures.read(Path(folder) / "figures"))
-        total = store.run["settings"].get("data", {}).get("images")
+        data = store.run["settings"].get("data")
+        total = data.get("images") if isinstance(data, Mapping) else None
         if isinstance(total, int) and board.summary.images < total:
             told = (
                 f"{folder} holds {board.summary.images} of the run's {total} images; the command that began it goes on"

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.contenders import Contender
-from ib_explain.hooks import HostChanged, host_device, host_dtype
+from ib_explain.guard import HostChanged
+from ib_explain.hooks import host_device, host_dtype, lacks_memory
 from ib_explain.methods.base import NotApplicable
 from ib_explain.metrics import Case, Curve, Metric, centred_gaussian
 from ib_explain.metrics.perturbation import deletion_curve, insertion_curve
@@ -205,11 +206,7 @@ def _problem(error: Exception) -> tuple[str, str]:
     What says nothing about the method is raised again, lack of memory or a dead GPU, and what would spoil the cells of
     others: a host with other weights.
     """
-    broken = getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError)
-    # The errors of the CPU, of cuBLAS and cuDNN, and of Apple's GPUs have no class of their own.
-    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
-    no_memory = type(error) is RuntimeError and any(word in str(error) for word in words)
-    if no_memory or isinstance(error, HostChanged | MemoryError | torch.cuda.OutOfMemoryError | broken):
+    if isinstance(error, HostChanged) or lacks_memory(error):
         raise error
     try:
         told = str(error).strip()

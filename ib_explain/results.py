@@ -6,7 +6,6 @@ rows are the means of resuming: a batch counts only if all its rows are there.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -56,6 +55,7 @@ class RunStore:
     _done: set[int] = field(default_factory=set, repr=False)
     _whole: dict[int, bool] = field(default_factory=dict, repr=False)
     _begun_here: bool = False
+    _made_folder: bool = False
     _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     @classmethod
@@ -92,7 +92,7 @@ class RunStore:
             folder = temporary.name
         path = Path(folder)
         run = check_folder(path, plain)
-        begun_here = run is None and rank == 0
+        begun_here, made_folder = run is None and rank == 0, not path.exists()
         if run is None:
             if rank > 0:
                 raise ValueError(f"process 0 must open {path} before process {rank}")
@@ -103,7 +103,7 @@ class RunStore:
         if rank == 0:
             path.mkdir(parents=True, exist_ok=True)
             write_file(path / "run.json", _json(run))
-        store = cls(path, run, rank, _begun_here=begun_here, _temporary=temporary)
+        store = cls(path, run, rank, _begun_here=begun_here, _made_folder=made_folder, _temporary=temporary)
         store._clean()
         store._done = set(store._batches())
         return store
@@ -175,9 +175,9 @@ class RunStore:
 
     def discard_if_empty(self) -> None:
         """Leave the folder free again where nothing was measured: a mistake in the data must not hold it."""
-        if self._begun_here and not self._batches():
+        if self._begun_here and not any(any(self.folder.glob(pattern)) for pattern in OURS):
             (self.folder / "run.json").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # other files are in it
+            if self._made_folder and not any(self.folder.iterdir()):
                 self.folder.rmdir()
 
     def finish(self) -> None:
@@ -229,7 +229,7 @@ class RunStore:
 
     def _curves_whole(self, batch: int, rows: Sequence[Row]) -> bool:
         """Whether the curves of a batch, if it has any, can be read; where not, it is not finished."""
-        if batch not in self._whole:
+        if not self._whole.get(batch):  # another process may have made it whole since
             path = self._curves_path(batch)
             with_curves = any(row.metric in WITH_CURVES and row.status == "ok" for row in rows)
             expected = with_curves and any(path.parent.glob("batch-*.npz"))  # rows may be stored without

@@ -18,7 +18,7 @@ from torch import nn
 from ib_explain.cuts import CleanPass
 from ib_explain.facts import remembered
 from ib_explain.hooks import LayerError, find_module, module_name, unwrap
-from ib_explain.hosts import timm_config
+from ib_explain.hosts import input_size_of, timm_config
 from ib_explain.layouts import Layout
 from ib_explain.stripes import find_layouts
 from ib_explain.survey import Candidate, Survey, survey
@@ -194,23 +194,6 @@ def deeper_sites(model: nn.Module, site: Site, args: tuple[Any, ...] = ()) -> li
             chosen.append(group[len(group) // 2])
         chosen.append(group[-1])
     return chosen[-3:]
-
-
-def input_size_of(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) from the host's own data config (timm), else (3, 224, 224)."""
-    host = unwrap(model)
-    config = timm_config(host)
-    size = config.get("input_size") or (3, 224, 224)
-    # timm keeps three channels in it when a model is made with in_chans=1 or 6. The first convolution knows better,
-    # unless squares of pixels were folded into channels before it (4 x 4 of them in TResNet).
-    first = config.get("first_conv")
-    first = first[0] if isinstance(first, tuple | list) and first else first
-    stem = dict(host.named_modules()).get(first) if isinstance(first, str) else None
-    channels = size[0]
-    if isinstance(stem, nn.Conv2d) and stem.groups == 1:
-        folded = stem.in_channels % size[0] == 0 and math.isqrt(stem.in_channels // size[0]) ** 2 * size[0]
-        channels = size[0] if folded == stem.in_channels else stem.in_channels
-    return int(channels), int(size[1]), int(size[2])
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ib_explain.hooks import aside, frozen, on_own_level, registered, run_host
-from ib_explain.hosts import timm_config
+from ib_explain.hooks import aside, frozen, lacks_memory, on_own_level, registered, run_host
+from ib_explain.hosts import input_size_of, timm_config
 from ib_explain.layouts import leaves
 from ib_explain.readings import finest_grid
 from ib_explain.stripes import probe_batch
@@ -90,7 +90,8 @@ def _run(host: nn.Module, x: Tensor, args: tuple[Any, ...]) -> Tensor:
     try:
         return run_host(host, x, args)
     except REFUSALS as error:
-        if told := _refusal(host, tuple(x.shape[1:]), args, error):
+        size = tuple(x.shape[1:])
+        if _fails_alike(host, size, args, error) and (told := _refusal(host, size, args, error)):
             raise told from error
         raise
 
@@ -102,10 +103,9 @@ def refused_sizes_told(host: nn.Module, size: tuple[int, ...]) -> Iterator[None]
         yield
     except REFUSALS as error:
         causes = (error, error.__cause__)
-        if any(isinstance(cause, SizeRefused) for cause in causes) or _runs_at(host, size, ()):
-            raise
-        if told := _refusal(host, size, (), error):
-            raise told from error
+        told = any(isinstance(cause, SizeRefused) for cause in causes)
+        if not told and _fails_alike(host, size, (), error) and (refusal := _refusal(host, size, (), error)):
+            raise refusal from error
         raise
 
 
@@ -120,21 +120,27 @@ SHAPES = re.compile(r"shapes cannot be multiplied|size of tensor|is invalid for 
 
 def _refusal(host: nn.Module, size: tuple[int, ...], args: tuple[Any, ...], error: Exception) -> SizeRefused | None:
     """The error in words of sizes, if it is about these: torch says so, or at its own size the host runs."""
-    own = tuple(timm_config(host).get("input_size") or size)
+    own = input_size_of(host) if timm_config(host).get("input_size") else size
     about_shapes = type(error) is RuntimeError and SHAPES.search(str(error))
-    if not about_shapes and (own == size or not _runs_at(host, own, args)):
+    if not about_shapes and (own == size or _raises_at(host, own, args) is not None):
         return None
     known = f"; its own size is {own}" if own != size else ""
     return SizeRefused(f"the model refuses images of size {size}{known}: {' '.join(str(error).split())}")
 
 
-def _runs_at(host: nn.Module, size: tuple[int, ...], args: tuple[Any, ...]) -> bool:
+def _fails_alike(host: nn.Module, size: tuple[int, ...], args: tuple[Any, ...], error: Exception) -> bool:
+    """Whether the host alone raises the same on noise of this size: else it was something else, or passed."""
+    again = _raises_at(host, size, args)
+    return not lacks_memory(error) and type(again) is type(error) and str(again) == str(error)
+
+
+def _raises_at(host: nn.Module, size: tuple[int, ...], args: tuple[Any, ...]) -> Exception | None:
     try:
         with aside(), torch.no_grad():
             run_host(host, probe_batch(host, 2, (size[0], size[1], size[2])), args)
-    except REFUSALS:
-        return False
-    return True
+    except Exception as error:  # whatever a host raises at its input
+        return error
+    return None
 
 
 def _dominators(output: Any) -> set[Any]:

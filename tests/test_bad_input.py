@@ -108,6 +108,21 @@ def test_an_error_of_the_hosts_own_stays_what_it_is() -> None:
             assert type(caught.value) is RuntimeError and str(caught.value) == host.said
 
 
+def test_errors_of_calls_with_further_arguments_stay_what_they_are() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny()
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.inner(x * mask)
+
+    ib = ibx.IBAttention(Masked().eval(), "inner.stages.1")
+    mask = torch.ones(2, 1, *images(2).shape[2:])
+    with pytest.raises(ValueError, match="refine starts from a fitted attention"):
+        ibx.attribute(ib.host, images(2), target=[0, 1], method=ib, additional_forward_args=mask, refine=2)
+
+
 def test_a_size_that_was_assumed_is_told() -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -12,7 +14,7 @@ import ib_explain as ibx
 from ib_explain import benchmark as run_benchmark
 from ib_explain.data.boxes import BoxBatch
 from ib_explain.figures import LIGHT, Plot
-from ib_explain.hooks import HostChanged
+from ib_explain.guard import HostChanged
 from ib_explain.ib import IBAttention
 from ib_explain.methods.base import NotApplicable
 from ib_explain.pictures import Pictures
@@ -208,7 +210,7 @@ def test_a_method_that_trains_the_host_changes_nothing_for_others(x):
             model[5].weight.mul_(0.5)
         return images.abs().mean(1)
 
-    with pytest.raises(HostChanged, match=r"the method changed the model's weights \(5.weight\)"):
+    with pytest.raises(HostChanged, match=r"the method changed the model.s weights"):
         measure(host, batches(x), ["edges", destructive], ["deletion"])
 
 
@@ -226,5 +228,38 @@ def test_a_run_that_measured_nothing_does_not_hold_its_folder(host, x, tmp_path)
         measure(host, batches(x), [slow], ["deletion"], out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert measure(host, batches(x), ["edges"], ["deletion"], out=tmp_path / "run").summary.methods == ("edges",)
-    with pytest.raises(MemoryError):  # what was finished before stays
-        measure(host, batches(x)[:1], [slow], ["deletion"], out=tmp_path / "other")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(MemoryError):
+        measure(host, batches(x), [slow], ["deletion"], out=tmp_path / "mine")
+    assert not any((tmp_path / "mine").iterdir())
+
+
+def test_a_disk_that_is_full_at_the_first_batch_leaves_a_folder_to_go_on_with(host, x, tmp_path, monkeypatch):
+    def full(*_args, **_more):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr("ib_explain.results.rows_to_csv", full)
+        measure(host, batches(x), ["edges"], ["insertion"], out=tmp_path / "run")
+    assert measure(host, batches(x), ["edges"], ["insertion"], out=tmp_path / "run").summary.images == 6
+
+
+def test_too_little_memory_at_a_size_is_no_refusal_of_the_size(x):
+    host = timm.create_model("test_resnet", num_classes=5).eval()
+
+    def starve(_module, inputs):
+        if inputs[0].shape[-1] != 160 and inputs[0].requires_grad:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    host.register_forward_pre_hook(starve)
+    for door in (lambda: ibx.sites(host, (3, 64, 64)), lambda: measure(host, [x], ["grad_cam"], ["insertion"])):
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            door()
+
+
+def test_a_stride_that_changed_between_two_methods_is_noticed(host, x):
+    host = copy.deepcopy(host)
+    ibx.attribute(host, x, method="grad_cam", layer="stages.1")
+    host.stem.stride = (4, 4)
+    board = measure(host, batches(x), {"cam": ("grad_cam", {"layer": "stages.1"})}, ["deletion"])
+    assert board.summary.cells["cam", "deletion"].status == "ok"

@@ -245,7 +245,7 @@ def test_attribute_continues_the_same_command_and_refuses_another(host, pictures
         assert raw["target"] == 2 and raw["unit"] == "gradient x feature" and np.isnan(raw["bits"])
 
 
-def test_attribute_knows_a_picture_by_its_content(host, pictures, tmp_path, capsys):
+def test_attribute_knows_a_picture_by_its_content(host, pictures, tmp_path, capsys, monkeypatch):
     words = ["attribute", *host, "--method", "grad_cam", "--out", str(tmp_path / "maps"), "--workers", "0"]
     one, other = (str(pictures / "train" / name / "0.png") for name in "ab")
     assert main([*words, one]) == 0 and main([*words, one]) == 0
@@ -258,6 +258,9 @@ def test_attribute_knows_a_picture_by_its_content(host, pictures, tmp_path, caps
             assert raw["image"] == image
     with (tmp_path / "maps" / "maps.csv").open() as stream:  # a line for every map of the folder
         assert {row["name"]: row["image"] for row in csv.DictReader(stream)} == {"0": one, "0-png": other}
+    monkeypatch.chdir(pictures / "train")
+    assert main([*words, "a/0.png"]) == 0  # by another path
+    assert "1 maps, 1 of them from before" in capsys.readouterr().out
     pixels = np.asarray(Image.open(one)).copy()
     pixels[:8] = 0
     Image.fromarray(pixels).save(one)  # the same picture with another content is made again

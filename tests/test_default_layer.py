@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -109,6 +111,10 @@ class TestDefaultLayer:
         assert default_layer(model, SIZE) == default_layer(plain, SIZE)
         vit = VisionTransformer(32, 8, 3, 3, 24, 48, num_classes=5).eval()
         assert not vit.heads.head.weight.any()
+        with torch.no_grad():
+            model.idle = nn.Linear(16, CLASSES)  # a head of zeros that does not run
+            model.idle.weight.zero_()
+        assert all(math.isnan(site.leak) for site in sites(model, SIZE))
         maps = ibx.attribute(vit, torch.randn(2, 3, 32, 32))
         assert maps.shape == (2, 1, 32, 32) and maps.isfinite().all()
 

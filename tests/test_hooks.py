@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ib_explain.guard import HostChanged, unharmed
 from ib_explain.hooks import (
-    HostChanged,
     capture,
     find_module,
     frozen,
@@ -22,7 +22,6 @@ from ib_explain.hooks import (
     registered,
     replace_output,
     run_host,
-    unharmed,
     uninterrupted,
     unwrap,
 )
@@ -242,9 +241,25 @@ class TestUnharmed:
             model(torch.randn(2, 3, 4, 4))  # in training mode
             assert not torch.equal(model[1].running_mean, before["1.running_mean"])
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-        expected = pytest.raises(HostChanged, match=r"changed the model's weights \(0.bias\)")
+        expected = pytest.raises(HostChanged, match=r"changed the model.s weights")
         with expected, unharmed(model), torch.no_grad():
             model[0].bias.add_(1)
+        with expected as caught, unharmed(model), torch.no_grad():  # also where that is not all that went wrong
+            model[0].bias.add_(1)
+            raise ArithmeticError("the method's own")
+        assert isinstance(caught.value.__cause__, ArithmeticError)
+
+    def test_weights_that_came_back_and_buffers_of_another_size(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 1))
+        model.register_buffer("cache", torch.zeros(2))
+        with unharmed(model):
+            model.load_state_dict(model.state_dict())  # as Captum's LRP ends
+            model.cache.resize_(5)
+        assert torch.equal(model.cache, torch.zeros(2))
+        with pytest.raises(ArithmeticError, match="own"), unharmed(model):
+            raise ArithmeticError("the method's own")
+        with pytest.raises(KeyboardInterrupt), unharmed(model):
+            raise KeyboardInterrupt
 
 
 class TestUnwrap:

@@ -1,5 +1,7 @@
 """The host run through its bottleneck: what passes, nesting, methods inside, bad input."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,30 @@ class TestRestrict:
         for wrong in (images(2).numpy(), [images(2)], None, images(2)[0]):
             with cnn[0].restrict(0.5) as restricted, pytest.raises((TypeError, ValueError), match="x must"):
                 restricted(wrong)
+
+    def test_the_residual_gate_is_even_at_one(self):
+        host = tiny()
+        ib = IBAttention(host, "stages.1", gate="residual")
+        said = []
+        for attention in (1 - 1e-6, 1.0):
+            with torch.no_grad(), ib.restrict(attention) as restricted:
+                said.append(restricted(images(2)))
+        assert torch.allclose(*said, rtol=1e-4, atol=1e-4) and not torch.allclose(said[1], host(images(2)), atol=1e-3)
+
+    def test_hooks_set_inside_see_the_restricted_layer_from_the_first_pass_on(self, cnn):
+        ib = cnn[0]
+        host, seen = ib.host, []
+        with torch.no_grad(), ib.restrict(0.0) as restricted:
+            layer = restricted.get_submodule(ib.layer_name)
+            handle = layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output.clone()))
+            try:
+                restricted(images(2)), restricted(images(2)), copy.deepcopy(restricted)(images(2))
+            finally:
+                handle.remove()
+            assert len(seen) == 6  # clean and restricted in turns
+            assert torch.equal(seen[1], seen[3]) and torch.equal(seen[3], seen[5])
+            assert not torch.equal(seen[0], seen[1])
+        assert len(host.get_submodule(ib.layer_name)._forward_hooks) == 0
 
     def test_attention_of_one_changes_nothing(self, cnn):
         host = cnn[0].host

@@ -309,3 +309,15 @@ def test_a_batch_whose_curves_are_gone_is_not_finished(tmp_path):
     (tmp_path / "run" / "curves" / "batch-000001.npz").unlink()
     store = RunStore.open(tmp_path / "run", SETTINGS)
     assert store.done(0) and not store.done(1)
+
+
+def test_a_batch_that_another_process_measured_again_counts(tmp_path):
+    store = RunStore.open(tmp_path / "run", SETTINGS)
+    fill(store, range(3))
+    store.finish()
+    (tmp_path / "run" / "curves" / "batch-000001.npz").unlink()
+    first, second = (RunStore.open(tmp_path / "run", SETTINGS, rank=rank) for rank in (0, 1))
+    assert not first.done(1)
+    fill(second, range(1, 2))
+    first.finish()
+    assert all(RunStore.read(tmp_path / "run").done(batch) for batch in range(3))

@@ -29,7 +29,7 @@ from ib_explain.commands.common import (
     plain_name,
     preprocess_for,
 )
-from ib_explain.commands.map_folder import SHEET, MapFolder, plan_names
+from ib_explain.commands.map_folder import SHEET, MapFolder, digest_of, plan_names
 from ib_explain.data.images import ImageFiles, LabelledImages, UnreadableImage, list_images, open_dataset
 from ib_explain.data.preprocessing import Preprocess
 from ib_explain.hooks import host_device
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     names, paths = plan_names(below, folder.belongs), [path for path, _ in below]
     folder.check_inputs(names, paths)
     reader = _Reader(pictures, paths, preprocess_for(host, size))
-    done = {i for i, name in enumerate(names) if folder.holds(name, functools.partial(_digest, paths[i]))}
+    done = {i for i, name in enumerate(names) if folder.holds(name, functools.partial(digest_of, paths[i]))}
     todo = [i for i in range(len(names)) if i not in done]
 
     with Progress(len(todo), "attribute", show=len(todo) > 1) as progress:
@@ -140,7 +140,7 @@ class _Reader(Dataset[_Item]):
             image, label = self.pictures.load(index)
         except UnreadableImage as error:
             return _Item(index, None, -1, "", str(error))
-        return _Item(index, self.transform(image), -1 if label is None else label, _digest(self.paths[index]), "")
+        return _Item(index, self.transform(image), -1 if label is None else label, digest_of(self.paths[index]), "")
 
 
 def _check(args: argparse.Namespace) -> tuple[str, tuple[int, int, int] | None]:
@@ -196,12 +196,6 @@ def _pictures(args: argparse.Namespace, out: Path, problems: list[str]) -> tuple
         raise ValueError("no image to explain")
     found = list(dict.fromkeys(found))[: args.limit]
     return ImageFiles([path for path, _ in found]), found
-
-
-def _digest(path: Path) -> str:
-    """Of a picture's bytes; of its name where it lies in an archive."""
-    content = path.read_bytes() if path.is_file() else str(path).encode()
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _all_below(folder: Path, out: Path) -> list[Path]:

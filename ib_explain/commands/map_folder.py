@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
+import hashlib
 import json
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,13 +22,16 @@ from ib_explain.files import replace_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SHEET", "MapFolder", "plan_names"]
+__all__ = ["SHEET", "MapFolder", "digest_of", "plan_names"]
 
 RUN, TABLE = "run.json", "maps.csv"
 MADE_BY = {"made by": "ib-explain attribute"}  # tells our run.json from others
 SHEET = "sheet.png"
 RESERVED = ("sheet",)  # names that no image gets
 DAMAGED = (OSError, ValueError, KeyError, zlib.error, zipfile.BadZipFile)  # what reading a damaged .npz raises
+
+
+Free: TypeAlias = Callable[[str, Path, Callable[[], str]], bool]
 
 
 class MapFolder:
@@ -72,12 +77,13 @@ class MapFolder:
         except DAMAGED:  # it is made again
             return False
 
-    def belongs(self, name: str, path: Path) -> bool:
-        """Whether a name is free for this image: no map of that name, or one of this very image, whatever is in it."""
+    def belongs(self, name: str, path: Path, digest: Callable[[], str]) -> bool:
+        """Whether a name is free for this image: no map of that name, or one of this path or of this content."""
         if self._replaces or not _is_ours(self._raw(name)):
             return True
         try:
-            return Path(self.read(name)[0]["image"]).absolute() == path.absolute()
+            facts = self._facts(name)
+            return Path(facts["image"]).resolve() == path.resolve() or facts["digest"] == digest()
         except DAMAGED:  # it is made again
             return True
 
@@ -109,17 +115,21 @@ class MapFolder:
     def read(self, name: str) -> tuple[dict[str, Any], Tensor]:
         """The facts and the map (1, H, W) of an image that is done."""
         with np.load(self._raw(name)) as raw:
-            facts = {key: raw[key].item() for key in raw.files if key != "map"}
-            return facts, torch.from_numpy(raw["map"])[None]
+            return self._facts(name), torch.from_numpy(raw["map"])[None]
+
+    def _facts(self, name: str) -> dict[str, Any]:
+        """The facts alone: the map is the larger part of a file."""
+        with np.load(self._raw(name)) as raw:
+            return {key: raw[key].item() for key in raw.files if key != "map"}
 
     def finish(self, names: Iterable[str]) -> list[dict[str, Any]]:
         """Write the table over all maps that are here, these images first, and return the rows of these."""
-        chosen = [{"name": name, **self.read(name)[0]} for name in names]
+        chosen = [{"name": name, **self._facts(name)} for name in names]
         if not chosen:
             return []
         rows = chosen + self._others({row["name"] for row in chosen})
         with replace_file(self.path / TABLE) as file, file.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(stream, list(rows[0]), extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         return chosen
@@ -131,7 +141,7 @@ class MapFolder:
             name = raw.relative_to(self.path).with_suffix("").as_posix()
             if name not in names and _is_ours(raw):
                 with contextlib.suppress(*DAMAGED):
-                    rows.append({"name": name, **self.read(name)[0]})
+                    rows.append({"name": name, **self._facts(name)})
         return rows
 
     def _picture(self, name: str) -> Path:
@@ -170,7 +180,13 @@ def _is_ours(raw: Path) -> bool:
     return names >= {"map", "image", "digest", "unit", "target"}
 
 
-def plan_names(sources: Sequence[tuple[Path, Path]], free: Callable[[str, Path], bool] | None = None) -> list[str]:
+def digest_of(path: Path) -> str:
+    """Of a picture's bytes; of its name where it lies in an archive."""
+    content = path.read_bytes() if path.is_file() else str(path).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def plan_names(sources: Sequence[tuple[Path, Path]], free: Free | None = None) -> list[str]:
     """A name for each image, unique and the same in every run with the same images.
 
     The name is the path below the folder that was given, without suffix. Where several images would share it, the first
@@ -178,13 +194,13 @@ def plan_names(sources: Sequence[tuple[Path, Path]], free: Callable[[str, Path],
 
     Args:
         sources: (path, path below the folder that was given) of each image.
-        free: whether an image may have a name.
+        free: whether an image may have a name; takes that, its path and what gives the digest of its content.
     """
     taken: dict[str, None] = dict.fromkeys(RESERVED)  # an ordered set
     for path, below in sources:
         plain = below.with_suffix("").as_posix().replace("../", "").lstrip("/")
         name, number = plain, 1
-        while name in taken or not (free is None or free(name, path)):
+        while name in taken or not (free is None or free(name, path, functools.partial(digest_of, path))):
             name = f"{plain}-{path.suffix[1:]}" if number == 1 else f"{plain}-{number}"
             number += 1
         taken[name] = None
