@@ -155,6 +155,31 @@ def write(board: Leaderboard, roles: Roles, about: dict[str, Any], folder: Path)
     cost_figure(summarise(rows, [GAP, facts("degradation_10_steps"), facts("passes")], methods=ranked), folder)
 
 
+def write_short(board: Leaderboard, reference: str, head: Sequence[str], about: dict[str, Any], path: Path) -> None:
+    """Write scores beside those of one method as path.md and path.json, without ranks.
+
+    Args:
+        board: the run.
+        reference: the method that the others are held against.
+        head: paragraphs above the table.
+        about: what was run, for the numbers.
+        path: without suffix.
+    """
+    methods = list(board.run["settings"]["methods"])
+    shown = summarise(with_gap(board.rows), [facts(name) for name in (*HEADS, "passes")], reference, methods=methods)
+    heads = ["method", *(f"{head} {shown.facts(name).arrow}" for name, head in HEADS.items()), "passes"]
+    lines = [
+        [f"`{m}`", *(_score(shown, m, name) for name in HEADS), f"{shown.cells[m, 'passes'].mean:.2f}"] for m in methods
+    ]
+    write_file(path.with_suffix(".md"), "\n\n".join([*head, _markdown(heads, lines)]) + "\n")
+    numbers = about | {
+        "reference": reference,
+        "scores": {m: {k.name: _numbers(shown.cells[m, k.name]) for k in shown.metrics} for m in methods},
+        "differences": {m: {k: _numbers(shown.differences[m, k]) for k in HEADS} for m in methods if m != reference},
+    }
+    write_file(path.with_suffix(".json"), _json(numbers))
+
+
 def _pairs(roles: Roles, table: Sequence[str]) -> list[tuple[str, str]]:
     first = roles.seeds[0]
     wanted = [(ib, roles.best) for ib in (*roles.seeds, roles.earlier)]

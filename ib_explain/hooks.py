@@ -26,6 +26,7 @@ from ib_explain.checks import did_you_mean
 __all__ = [
     "HostArgs",
     "LayerError",
+    "Unfit",
     "aside",
     "capture",
     "find_module",
@@ -328,6 +329,10 @@ def lacks_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError | broken)
 
 
+class Unfit(ValueError):
+    """A host that is no classifier, or images that are none of its; the text tells."""
+
+
 class HostArgs(tuple[Any, ...]):
     """Further arguments of the host's forward, made for one batch; probes and statistics run other batch sizes.
 
@@ -367,7 +372,7 @@ def run_host(model: nn.Module, x: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
     """Run the host and check that it returned logits (B, K).
 
     Raises:
-        ValueError: anything else came out, or the model refuses images of so many channels.
+        Unfit: anything else came out, or the model refuses images of so many channels.
         TypeError: the model refuses images of another precision than its own.
     """
     try:
@@ -377,11 +382,11 @@ def run_host(model: nn.Module, x: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
             raise TypeError(f"images must be {host_dtype(model)} as the model is, got {x.dtype}: {error}") from error
         refused = OTHER_CHANNELS.search(str(error))
         if refused and int(refused[1]) == x.shape[1]:
-            raise ValueError(f"the model refuses images of {x.shape[1]} channels: {error}") from error
+            raise Unfit(f"the model refuses images of {x.shape[1]} channels: {error}") from error
         raise
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"model must map (B, 3, H, W) to logits (B, K) with B = {x.shape[0]}, got {got}")
+        raise Unfit(f"model must map (B, 3, H, W) to logits (B, K) with B = {x.shape[0]}, got {got}")
     return logits
 
 

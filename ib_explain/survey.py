@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ib_explain.hooks import aside, frozen, lacks_memory, on_own_level, registered, run_host
+from ib_explain.hooks import Unfit, aside, frozen, lacks_memory, on_own_level, registered, run_host
 from ib_explain.hosts import input_size_of, timm_config
 from ib_explain.layouts import leaves
 from ib_explain.readings import finest_grid
@@ -91,6 +91,8 @@ def _run(host: nn.Module, x: Tensor, args: tuple[Any, ...]) -> Tensor:
         return run_host(host, x, args)
     except REFUSALS as error:
         size = tuple(x.shape[1:])
+        if isinstance(error, Unfit):
+            raise
         if _fails_alike(host, size, args, error) and (told := _refusal(host, size, args, error)):
             raise told from error
         raise
@@ -103,7 +105,7 @@ def refused_sizes_told(host: nn.Module, size: tuple[int, ...]) -> Iterator[None]
         yield
     except REFUSALS as error:
         causes = (error, error.__cause__)
-        told = any(isinstance(cause, SizeRefused) for cause in causes)
+        told = any(isinstance(cause, SizeRefused | Unfit) for cause in causes)
         if not told and _fails_alike(host, size, (), error) and (refusal := _refusal(host, size, (), error)):
             raise refusal from error
         raise

@@ -93,6 +93,24 @@ def test_the_readmes_figures_are_those_of_the_committed_table():
         assert f".{round(mean * 1000):03d} ± .{round((high - low) / 2 * 1000):03d} {words}" in text, metric
 
 
+def test_the_table_of_many_passes_is_that_of_its_run():
+    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8").split("## RISE and others of many passes")[1]
+    run = json.loads((RESULTS / "quality" / "reference" / "many_passes.json").read_text())
+    lines = [line for line in page.split("\n## ")[0].splitlines() if line.startswith("| `")]
+    assert [line.split("`")[1] for line in lines] == list(run["scores"])
+    columns = ("insertion_minus_deletion", "insertion", "deletion", "degradation_10_steps", "road_3_shares")
+    columns += ("energy_inside", "pointing_game", "effective_heat_ratio")
+    for line in lines:
+        name, *cells = line.strip("| ").split(" | ")
+        for cell, metric in zip(cells, columns, strict=False):
+            value, _, mark = cell.partition(" ")
+            assert float(value) == pytest.approx(run["scores"][name.strip("`")][metric][0], abs=5.1e-4), line
+            if name.strip("`") != run["reference"]:
+                _, low, high = run["differences"][name.strip("`")][metric]
+                better = 1 if metric != "deletion" else -1
+                assert mark == ("" if low <= 0 <= high else "▲" if low * better > 0 else "▼"), (line, metric)
+
+
 def test_the_tables_of_the_quality_page_are_those_of_the_committed_runs():
     page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
     sections = {"reference": "## The reference host", "cnn": "pictures: a CNN", "vit": "pictures: a ViT"}
