@@ -19,7 +19,7 @@ from ib_explain.layouts import map_tensors
 from ib_explain.methods.base import METHODS, Call
 from ib_explain.progress import Progress
 from ib_explain.randomness import check_seed, seeded
-from ib_explain.survey import refused_sizes_told
+from ib_explain.refusals import refused_sizes_told
 from ib_explain.targets import Target, resolve_target, spread_target
 
 __all__ = ["as_maps", "attribute", "available_methods", "check_host", "method_runner", "run_method"]

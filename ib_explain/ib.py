@@ -155,9 +155,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         self.relevance = relevance
         self.record: dict[str, Any] | None = None
         self._fitted_to: dict[str, Any] | None = None  # the host then, by `host_facts`
-        self._weights_seen: tuple[int, torch.dtype] | None = (
-            None  # the host's, when they were last compared with those of the fit
-        )
+        # Of the host, when its weights were last compared with those of the fit.
+        self._weights_seen: tuple[int, torch.dtype] | None = None
         self._bottleneck: Bottleneck | None = None
         self._place: Place | None = None
 
