@@ -30,8 +30,8 @@ from torch import Tensor, nn
 import ib_explain as ibx
 from ib_explain.data.batches import Batches
 from ib_explain.fitting import DEFAULT_IMAGES, launched
-from ib_explain.hooks import frozen
 from ib_explain.io import versions
+from ib_explain.lending import frozen
 from ib_explain.metrics.cost import _peak_bytes
 from ib_explain.observation import observe
 from ib_explain.per_image import PerImageSettings, optimise

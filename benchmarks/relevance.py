@@ -37,8 +37,8 @@ from torch.utils.data import DataLoader
 
 import ib_explain as ibx
 from ib_explain.files import replace_file
-from ib_explain.hooks import frozen
 from ib_explain.io import versions
+from ib_explain.lending import frozen
 from ib_explain.metrics import METRICS, Case
 from ib_explain.observation import observe
 from ib_explain.relevance import label_information

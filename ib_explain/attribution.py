@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ib_explain.checks import check_images, check_maps, check_positive_int, take_options
 from ib_explain.facts import with_fresh_facts
 from ib_explain.guard import unharmed
-from ib_explain.hooks import frozen, host_device, run_host, unwrap
 from ib_explain.layouts import map_tensors
+from ib_explain.lending import frozen, run_host
 from ib_explain.methods.base import METHODS, Call
+from ib_explain.modules import host_device, unwrap
 from ib_explain.progress import Progress
 from ib_explain.randomness import check_seed, seeded
 from ib_explain.refusals import refused_sizes_told

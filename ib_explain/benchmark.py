@@ -17,11 +17,12 @@ from ib_explain.checks import check_positive_int, did_you_mean
 from ib_explain.contenders import Contender, contenders_of
 from ib_explain.fitting import launched
 from ib_explain.gallery import draw_pictures
-from ib_explain.hooks import find_module, frozen, host_device, module_name, run_host
 from ib_explain.io import host_facts, versions
 from ib_explain.leaderboard import Leaderboard
+from ib_explain.lending import frozen, run_host
 from ib_explain.measuring import Measure, on_host
 from ib_explain.metrics import CONVENTIONS, METRICS, Metric
+from ib_explain.modules import find_module, host_device, module_name
 from ib_explain.progress import Progress
 from ib_explain.randomness import check_seed, seeded
 from ib_explain.results import RunStore

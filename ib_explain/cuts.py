@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from ib_explain.hooks import capture, frozen, on_own_level, registered, run_host
+from ib_explain.hooks import capture, on_own_level, registered
 from ib_explain.layouts import Layout, map_tensors
+from ib_explain.lending import frozen, run_host
 from ib_explain.randomness import generator_of, normal
 from ib_explain.statistics import RunningMoments
 from ib_explain.stripes import probe_batch

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ib_explain.bottleneck.module import Bottleneck
 from ib_explain.data.batches import Batches
-from ib_explain.hooks import host_device, host_dtype
+from ib_explain.modules import host_device, host_dtype
 from ib_explain.observation import observe
 from ib_explain.places import Place
 from ib_explain.progress import Progress

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ib_explain.hooks import unwrap
+from ib_explain.modules import unwrap
 
 __all__ = ["class_names", "input_size_of", "load_host", "pick_device", "timm_config", "timm_data_config"]
 

@@ -42,23 +42,12 @@ from ib_explain.fitting import (
     launched,
     train,
 )
-from ib_explain.hooks import (
-    HostArgs,
-    LayerError,
-    capture,
-    find_module,
-    frozen,
-    host_device,
-    host_dtype,
-    module_name,
-    outside_inference_mode,
-    replace_output,
-    run_host,
-    unwrap,
-)
+from ib_explain.hooks import LayerError, capture, replace_output
 from ib_explain.io import FILES, FORMAT, data_config, fingerprint, host_facts, read_folder, versions, write_folder
 from ib_explain.layouts import Layout, LayoutChanged
+from ib_explain.lending import HostArgs, frozen, outside_inference_mode, run_host
 from ib_explain.maps import resize, spread, spread_signed, without_lattice, without_lattice_signed
+from ib_explain.modules import find_module, host_device, host_dtype, module_name, unwrap
 from ib_explain.observation import Observation, observe
 from ib_explain.per_image import REFINING_LR, PerImageSettings, optimise
 from ib_explain.places import Place, find_place

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ib_explain.hooks import unwrap
 from ib_explain.hosts import timm_config
 from ib_explain.layouts import Layout
+from ib_explain.modules import unwrap
 
 __all__ = ["CONFIG", "FILES", "FORMAT", "data_config", "fingerprint", "host_facts", "layout_from_json", "read_folder"]
 __all__ += ["versions", "write_folder"]

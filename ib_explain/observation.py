@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ib_explain.hooks import capture, run_host
+from ib_explain.hooks import capture
 from ib_explain.layouts import Layout, map_tensors
+from ib_explain.lending import run_host
 from ib_explain.sites import Site
 from ib_explain.tails import Tail, TailRecorder
 from ib_explain.targets import Target, resolve_target

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ib_explain.attribution import attribute
-from ib_explain.hooks import host_device, host_dtype
+from ib_explain.modules import host_device, host_dtype
 
 __all__ = ["quantus_explain"]
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ib_explain.checks import check_images
 from ib_explain.facts import remembered
-from ib_explain.hooks import capture, host_device, host_dtype, run_host
+from ib_explain.hooks import capture
+from ib_explain.lending import run_host
+from ib_explain.modules import host_device, host_dtype
 from ib_explain.sites import Site
 from ib_explain.statistics import Moments, RunningMean, RunningMoments
 from ib_explain.stripes import probe_images

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ib_explain.hooks import Unfit, aside, lacks_memory, run_host
+from ib_explain.hooks import aside
 from ib_explain.hosts import input_size_of, timm_config
+from ib_explain.lending import Unfit, lacks_memory, run_host
 from ib_explain.stripes import probe_batch
 
 __all__ = ["SizeRefused", "first_pass", "refused_sizes_told"]

@@ -17,9 +17,10 @@ from torch import nn
 
 from ib_explain.cuts import CleanPass
 from ib_explain.facts import remembered
-from ib_explain.hooks import LayerError, find_module, module_name, unwrap
+from ib_explain.hooks import LayerError
 from ib_explain.hosts import input_size_of, timm_config
 from ib_explain.layouts import Layout
+from ib_explain.modules import find_module, module_name, unwrap
 from ib_explain.stripes import find_layouts
 from ib_explain.survey import Candidate, Survey, survey
 

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ib_explain.hooks import capture, frozen, host_device, host_dtype, run_host
+from ib_explain.hooks import capture
 from ib_explain.layouts import Layout, leaves
+from ib_explain.lending import frozen, run_host
+from ib_explain.modules import host_device, host_dtype
 from ib_explain.randomness import generator_of, normal
 from ib_explain.readings import CERTAIN, FEW, STRIPES, Reader, choose
 

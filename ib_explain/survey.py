@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ib_explain.hooks import frozen, on_own_level, registered
+from ib_explain.hooks import on_own_level, registered
 from ib_explain.layouts import leaves
+from ib_explain.lending import frozen
 from ib_explain.readings import finest_grid
 from ib_explain.refusals import first_pass
 from ib_explain.stripes import probe_batch

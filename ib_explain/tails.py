@@ -10,17 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ib_explain.hooks import (
-    LayerError,
-    find_module,
-    on_own_level,
-    registered,
-    replace_output,
-    run_host,
-    unwrap,
-    users_hooks_silent,
-)
+from ib_explain.hooks import LayerError, on_own_level, registered, replace_output, users_hooks_silent
 from ib_explain.layouts import map_tensors
+from ib_explain.lending import run_host
+from ib_explain.modules import find_module, unwrap
 
 __all__ = ["Tail", "TailRecorder"]
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ib_explain.bottleneck.anchors import Anchors
 from ib_explain.bottleneck.module import Bottleneck
 from ib_explain.data.batches import Share
-from ib_explain.hooks import host_device, host_dtype
+from ib_explain.modules import host_device, host_dtype
 from ib_explain.objective import PRICE, location_price, nats_at_stake, rate, worth_fitting
 from ib_explain.observation import Observation, observe
 from ib_explain.places import Place

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from ib_explain.checks import check_images, check_maps, check_positive_int
 from ib_explain.files import replace_file
-from ib_explain.hooks import unwrap
 from ib_explain.hosts import timm_data_config
 from ib_explain.maps import in_bits
+from ib_explain.modules import unwrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

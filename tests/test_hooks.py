@@ -13,21 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ib_explain.guard import HostChanged, unharmed
-from ib_explain.hooks import (
-    capture,
-    find_module,
-    frozen,
-    module_name,
-    registered,
-    replace_output,
-    run_host,
-    uninterrupted,
-    unwrap,
-)
+from ib_explain.hooks import capture, registered, replace_output, uninterrupted
 from ib_explain.layouts import map_tensors
+from ib_explain.lending import frozen
+from ib_explain.modules import find_module
 from ib_explain.tails import Tail, TailRecorder
 from tests.models import TinyCNN
+from tests.states import assert_same, mixed, state
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -75,100 +67,12 @@ class Reuse(nn.Module):
         return self.join(torch.cat([first, self.late(first)], dim=1)).tanh().mean(dim=(2, 3))
 
 
-def state(model: nn.Module) -> dict[str, Any]:
-    """All that a hook could leave behind."""
-    kinds = [name for name in vars(model) if name.endswith("_hooks")]
-    return {
-        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "training": [m.training for m in model.modules()],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "gradients": [p.grad for p in model.parameters()],
-        "hooks": [len(getattr(m, kind)) for m in model.modules() for kind in kinds],
-        "attributes": [sorted(vars(m)) for m in model.modules()],
-        "random": torch.get_rng_state(),
-    }
-
-
-def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
-    for name in ("training", "requires_grad", "gradients", "hooks", "attributes"):
-        assert after[name] == before[name], name
-    torch.testing.assert_close(after["weights"], before["weights"], rtol=0, atol=0)
-    assert torch.equal(after["random"], before["random"])
-
-
-def mixed(model: nn.Module) -> nn.Module:
-    """Training flags and requires_grad that no blunt train() or requires_grad_() would give back."""
-    for index, module in enumerate(model.modules()):
-        module.training = index % 3 == 0
-    for index, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(index % 2 == 0)
-    return model
-
-
 def interrupt() -> None:
     raise KeyboardInterrupt
 
 
 def explode() -> None:
     raise ArithmeticError("the host's own error")
-
-
-class TestFrozen:
-    def test_inside_eval_and_no_gradients_outside_as_before(self) -> None:
-        model = mixed(TinyCNN())
-        before = state(model)
-        with frozen(model) as host:
-            assert host is model
-            assert not any(m.training for m in model.modules())
-            assert not any(p.requires_grad for p in model.parameters())
-            torch.manual_seed(99)
-            torch.randn(3)
-            model.train()
-        assert_same(before, state(model))
-
-    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-    def test_restored_and_raised_on_any_exit(self, error: type[BaseException]) -> None:
-        model = mixed(TinyCNN())
-        before = state(model)
-        with pytest.raises(error), frozen(model):
-            raise error
-        assert_same(before, state(model))
-
-    def test_nested(self) -> None:
-        model = mixed(TinyCNN())
-        before = state(model)
-        with frozen(model):
-            with frozen(model):
-                pass
-            assert not any(m.training for m in model.modules())
-        assert_same(before, state(model))
-
-    def test_a_host_that_writes_into_some_images_is_found_out_by_the_first_of_them(self) -> None:
-        class Scaling(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                if x.max() > 50:
-                    x.div_(255)
-                return x.mean(dim=(2, 3))
-
-        host = Scaling()
-        with frozen(host), torch.no_grad():
-            for _ in range(2):
-                host(torch.rand(1, 3, 4, 4))
-            host(torch.full((1, 3, 4, 4), 200.0))
-        loud = torch.full((1, 3, 4, 4), 200.0)
-        with frozen(host), torch.no_grad():
-            assert host(loud).max() < 1
-        assert loud.min() == 200
-
-    def test_gradient_checkpointing_is_off_and_comes_back_from_nested_and_failing_ones(self) -> None:
-        host = nn.Sequential(nn.Linear(2, 2))
-        host[0].grad_checkpointing = True
-        with pytest.raises(ZeroDivisionError), frozen(host):
-            with frozen(host):
-                assert host[0].grad_checkpointing is False
-            assert host[0].grad_checkpointing is False
-            raise ZeroDivisionError
-        assert host[0].grad_checkpointing is True
 
 
 class TestUninterrupted:
@@ -231,94 +135,6 @@ class TestUninterrupted:
         thread.start()
         thread.join()
         assert said == ["ran"]
-
-
-class TestUnharmed:
-    def test_buffers_come_back_and_other_weights_are_told(self) -> None:
-        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        with unharmed(model):
-            model(torch.randn(2, 3, 4, 4))  # in training mode
-            assert not torch.equal(model[1].running_mean, before["1.running_mean"])
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-        expected = pytest.raises(HostChanged, match=r"changed the model.s weights")
-        with expected, unharmed(model), torch.no_grad():
-            model[0].bias.add_(1)
-        with expected as caught, unharmed(model), torch.no_grad():  # also where that is not all that went wrong
-            model[0].bias.add_(1)
-            raise ArithmeticError("the method's own")
-        assert isinstance(caught.value.__cause__, ArithmeticError)
-
-    def test_weights_that_came_back_and_buffers_of_another_size(self) -> None:
-        model = nn.Sequential(nn.Conv2d(3, 4, 1))
-        model.register_buffer("cache", torch.zeros(2))
-        with unharmed(model):
-            model.load_state_dict(model.state_dict())  # as Captum's LRP ends
-            model.cache.resize_(5)
-        assert torch.equal(model.cache, torch.zeros(2))
-        with pytest.raises(ArithmeticError, match="own"), unharmed(model):
-            raise ArithmeticError("the method's own")
-        with pytest.raises(KeyboardInterrupt), unharmed(model):
-            raise KeyboardInterrupt
-
-
-class TestUnwrap:
-    def test_data_parallel(self) -> None:
-        model = TinyCNN()
-        assert unwrap(nn.DataParallel(model)) is model
-
-    def test_compiled(self) -> None:
-        model = TinyCNN()
-        assert unwrap(torch.compile(model, backend="eager")) is model
-        assert unwrap(nn.DataParallel(torch.compile(model, backend="eager"))) is model
-
-    def test_scripted_is_refused(self) -> None:
-        with pytest.raises(TypeError, match="TorchScript module, whose layers cannot be hooked; pass the eager model"):
-            unwrap(torch.jit.trace(nn.Conv2d(3, 2, 1), X))
-
-    def test_no_module(self) -> None:
-        with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
-            unwrap("resnet18")  # type: ignore[arg-type]
-
-    def test_hooks_fire_in_a_model_compiled_before(self) -> None:
-        compiled = torch.compile(TinyCNN().eval(), backend="eager")
-        compiled(X)
-        with frozen(compiled) as host, torch.no_grad(), capture(host, ["stages.1"]) as seen:
-            run_host(host, X)
-        assert seen["stages.1"].shape == (2, 12, 8, 8)
-
-    def test_hooks_fire_in_a_submodule_compiled_in_place(self) -> None:
-        model = TinyCNN().eval()
-        model.stages.compile(backend="eager")
-        expected = model(X)
-        with frozen(model) as host, torch.no_grad(), capture(host, ["stages.1"]) as seen:
-            run_host(host, X)
-        assert "stages.1" in seen
-        assert model.stages._compiled_call_impl is not None
-        torch.testing.assert_close(model(X), expected)
-
-
-class TestNames:
-    def test_nearest_name(self) -> None:
-        with pytest.raises(ValueError, match="TinyCNN has no layer 'stage.1'; did you mean .*'stages.1'"):
-            find_module(TinyCNN(), "stage.1")
-
-    @pytest.mark.parametrize("name", ["stages.1", "module.stages.1", "_orig_mod.stages.1", "module._orig_mod.stages.1"])
-    def test_names_as_a_wrapper_lists_them(self, name: str) -> None:
-        model = TinyCNN()
-        assert find_module(model, name) is model.stages[1]
-
-    def test_name_of_a_module(self) -> None:
-        model = TinyCNN()
-        assert module_name(model, model.stages[1].conv) == "stages.1.conv"
-        with pytest.raises(ValueError, match="the given Conv2d is not a layer of this TinyCNN"):
-            module_name(model, nn.Conv2d(3, 3, 1))
-
-
-class TestRunHost:
-    def test_anything_but_logits_is_an_error(self) -> None:
-        with pytest.raises(ValueError, match=r"logits \(B, K\) with B = 2, got \(2, 4, 32, 32\)"):
-            run_host(nn.Conv2d(3, 4, 1), X)
 
 
 class TestCapture:

@@ -155,7 +155,7 @@ class TestMaps:
 
 
 def ibx_frozen(host):
-    from ib_explain.hooks import frozen
+    from ib_explain.lending import frozen
 
     return frozen(host)
 

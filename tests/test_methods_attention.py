@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import ib_explain as ibx
-from ib_explain.hooks import frozen
+from ib_explain.lending import frozen
 from ib_explain.methods import Call, NotApplicable
 from ib_explain.methods.attention import read_attention, unfused
 from ib_explain.methods.attention_rollout import gradient_rollout, rollout

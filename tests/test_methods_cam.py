@@ -10,7 +10,7 @@ from captum.attr import LayerGradCam
 from torch import Tensor, nn
 
 import ib_explain as ibx
-from ib_explain.hooks import frozen
+from ib_explain.lending import frozen
 from ib_explain.methods import Call, NotApplicable
 from ib_explain.methods.cam import cam_layer, glance
 from ib_explain.methods.eigen_cam import eigen_cam_map

@@ -10,7 +10,7 @@ from captum import attr
 from torch import Tensor, nn
 
 import ib_explain as ibx
-from ib_explain.hooks import frozen
+from ib_explain.lending import frozen
 from ib_explain.methods import Call, NotApplicable
 from ib_explain.methods.captum_host import for_captum, inspect
 from ib_explain.methods.captum_methods import _noise

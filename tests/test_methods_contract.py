@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import ib_explain as ibx
 from ib_explain.contenders import contenders_of
-from ib_explain.hooks import frozen
+from ib_explain.lending import frozen
 from ib_explain.maps import resize
 from ib_explain.methods import METHODS, NotApplicable, register_method
 from tests.models import images as pictures

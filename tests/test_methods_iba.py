@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ib_explain as ibx
-from ib_explain.hooks import frozen
+from ib_explain.lending import frozen
 from ib_explain.methods import NotApplicable
 from ib_explain.methods.iba import iba_layer
 from ib_explain.reference import reference_statistics

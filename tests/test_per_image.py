@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ib_explain.bottleneck.module import Restriction
-from ib_explain.hooks import frozen
+from ib_explain.lending import frozen
 from ib_explain.observation import observe
 from ib_explain.per_image import PerImageSettings, optimise
 from ib_explain.places import find_place

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ib_explain.contenders import contenders_of
-from ib_explain.hooks import frozen
 from ib_explain.ib import IBAttention
+from ib_explain.lending import frozen
 from ib_explain.maps import spread_signed, without_lattice_signed
 from ib_explain.observation import observe
 from ib_explain.relevance import coalitions, label_information, regression_loss

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from ib_explain.data.preprocessing import Preprocess, preprocess
-from ib_explain.hooks import host_device, run_host
 from ib_explain.hosts import load_host
+from ib_explain.lending import run_host
+from ib_explain.modules import host_device
 from ib_explain.sites import input_size_of
 
 __all__ = [

@@ -23,9 +23,9 @@ from ib_explain.commands.common import (
 )
 from ib_explain.data.images import ImageFiles, LabelledImages, UnreadableImage, open_dataset
 from ib_explain.files import check_replaceable, remove_folder
-from ib_explain.hooks import host_device
 from ib_explain.ib import IBAttention
 from ib_explain.io import FILES
+from ib_explain.modules import host_device
 
 __all__ = ["run"]
 

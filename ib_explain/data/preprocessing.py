@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ib_explain.checks import check_positive_int
-from ib_explain.hooks import unwrap
 from ib_explain.hosts import timm_data_config
+from ib_explain.modules import unwrap
 
 __all__ = ["CropMode", "Placement", "Preprocess", "preprocess"]
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ib_explain.hooks import capture, run_host
+from ib_explain.hooks import capture
+from ib_explain.lending import run_host
 from ib_explain.methods.base import Call, NotApplicable
 from ib_explain.methods.cam import cam_layer
 from ib_explain.methods.captum_host import inspect

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ib_explain.checks import check_images
 from ib_explain.guard import unharmed
-from ib_explain.hooks import run_host
+from ib_explain.lending import run_host
 from ib_explain.registry import Registry
 from ib_explain.sites import Site, resolve_site
 from ib_explain.targets import Target, resolve_target

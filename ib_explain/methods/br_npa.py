@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_images, check_positive_int, did_you_mean
-from ib_explain.hooks import frozen, host_device
+from ib_explain.lending import frozen
 from ib_explain.maps import resize
 from ib_explain.methods.base import Call, register_method
 from ib_explain.methods.cam import cam_site, grid_features
+from ib_explain.modules import host_device
 
 __all__ = ["BRNPA", "Parts", "br_npa_maps", "br_npa_parts", "br_npa_ranked_maps"]
 

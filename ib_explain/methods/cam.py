@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.facts import remembered
-from ib_explain.hooks import capture, frozen, run_host, unwrap
+from ib_explain.hooks import capture
 from ib_explain.layouts import leaves, map_tensors
+from ib_explain.lending import frozen, run_host
 from ib_explain.methods.base import Call, NotApplicable
+from ib_explain.modules import unwrap
 from ib_explain.observation import observe
 from ib_explain.sites import Site, candidate_layers, input_size_of, resolve_site
 from ib_explain.stripes import probe_batch

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ib_explain.hooks import run_host
+from ib_explain.lending import run_host
 
 __all__ = ["Structure", "for_captum", "inspect"]
 

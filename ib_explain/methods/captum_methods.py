@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_images, check_number, check_positive_int
-from ib_explain.hooks import run_host
+from ib_explain.lending import run_host
 from ib_explain.maps import resize
 from ib_explain.methods.base import Call, NotApplicable, check_reference, register_method
 from ib_explain.methods.cam import glance

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ib_explain.checks import check_number, check_positive_int
 from ib_explain.facts import remembered
-from ib_explain.hooks import capture, frozen, run_host, unwrap
+from ib_explain.hooks import capture
 from ib_explain.layouts import Layout, leaves
+from ib_explain.lending import frozen, run_host
 from ib_explain.maps import resize
 from ib_explain.methods.base import Call, NotApplicable, check_reference, default_site, register_method
+from ib_explain.modules import unwrap
 from ib_explain.observation import Observation, observe
 from ib_explain.randomness import generator_of, normal
 from ib_explain.reference import Reference, reference_statistics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ib_explain.hooks import run_host
+from ib_explain.lending import run_host
 from ib_explain.targets import target_scores
 
 __all__ = ["masked_scores"]

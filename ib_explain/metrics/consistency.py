@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_positive_int, did_you_mean
-from ib_explain.hooks import outside_inference_mode
+from ib_explain.lending import outside_inference_mode
 from ib_explain.metrics.base import Case, register_metric
 from ib_explain.metrics.probe import Probe
 from ib_explain.metrics.sanity import Explain, explained

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_images, check_maps, check_positive_int, did_you_mean
-from ib_explain.hooks import frozen, host_device, run_host
+from ib_explain.lending import frozen, run_host
+from ib_explain.modules import host_device
 from ib_explain.perturb import fill_images
 from ib_explain.targets import Target, resolve_target, target_scores
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_maps, check_number, check_positive_int
-from ib_explain.hooks import frozen
+from ib_explain.lending import frozen
 from ib_explain.metrics.base import Case, register_metric
 from ib_explain.metrics.probe import Probe
 from ib_explain.randomness import generator_of, uniform

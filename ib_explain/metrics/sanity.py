@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_maps
-from ib_explain.hooks import find_module, frozen, run_host
+from ib_explain.lending import frozen, run_host
 from ib_explain.metrics.base import Case, register_metric
 from ib_explain.metrics.localisation import energy_inside
 from ib_explain.metrics.probe import Probe
 from ib_explain.metrics.similarity import rank_correlation, ssim
+from ib_explain.modules import find_module
 from ib_explain.randomness import generator_of
 from ib_explain.targets import Target, resolve_target
 

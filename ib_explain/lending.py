@@ -1,0 +1,187 @@
+"""The host as it is lent: `frozen` makes it ready and hands it back as it came, `run_host` asks it for logits."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ib_explain.hooks import ours, registered, uninterrupted
+from ib_explain.modules import host_device, host_dtype, unwrap
+
+__all__ = ["HostArgs", "Unfit", "frozen", "lacks_memory", "outside_inference_mode", "run_host"]
+
+CHECKPOINTING = "grad_checkpointing"  # timm's flag of a module
+
+# Hooks of two threads would meet in one pass: one at a time has a host.
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+# Whether a host writes into its images, as those do that normalise them in place: known after a whole pass.
+_WRITES: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Lend the unwrapped host in eval mode, without parameter gradients, run eagerly; hand it back as it came.
+
+    Inside, a host that writes into its images gets copies, gradients can be had under the caller's
+    `torch.inference_mode()` too, gradient checkpointing (timm's) is off, since it runs stages without calling them, and
+    other threads that want the host wait. Restored at every exit: each module's own flags, each parameter's
+    `requires_grad`, and the random state of the CPU and of the host's GPU.
+
+    Raises:
+        TypeError: see `unwrap`.
+        ValueError: parameters made in inference mode, which no gradient may pass.
+    """
+    model = unwrap(model)
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError("model has parameters made in inference mode; make or load it outside torch.inference_mode()")
+    with contextlib.ExitStack() as inside:
+        inside.enter_context(_LOCKS.setdefault(model, threading.RLock()))
+        modes = [(module, module.training) for module in model.modules()]
+        wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        checkpointing = [(m, flag) for m in model.modules() if (flag := m.__dict__.get(CHECKPOINTING))]
+        compiled = [(m, m._compiled_call_impl) for m in model.modules() if getattr(m, "_compiled_call_impl", None)]
+        device = host_device(model)
+        inside.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        inside.enter_context(_eagerly())
+        inside.enter_context(outside_inference_mode())
+        inside.enter_context(_images_spared(model))
+        try:
+            with uninterrupted():
+                for module, _ in modes:
+                    module.training = False
+                for parameter, _ in wanted:
+                    parameter.requires_grad_(False)
+                for module, _ in compiled:
+                    module._compiled_call_impl = None
+                for module, _ in checkpointing:
+                    module.__dict__[CHECKPOINTING] = False
+            yield model
+        finally:
+            with uninterrupted():
+                for module, flag in checkpointing:
+                    module.__dict__[CHECKPOINTING] = flag
+                for module, mode in modes:
+                    module.training = mode
+                for parameter, flag in wanted:
+                    parameter.requires_grad_(flag)
+                for module, implementation in compiled:
+                    module._compiled_call_impl = implementation
+
+
+@contextlib.contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leave the caller's `torch.inference_mode()`, in which no gradient can be had, for `torch.no_grad()`."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def _images_spared(host: nn.Module) -> Iterator[None]:
+    """Give the host copies of its images, unless it was seen to leave them as they are."""
+    given: list[tuple[Tensor, int]] = []  # what the running pass got, and its version then
+
+    def before(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not (inputs and isinstance(inputs[0], Tensor)):
+            return None
+        x = inputs[0]
+        if _WRITES.get(host) is not False:
+            x = x.clone()
+        if not x.is_inference():  # such a tensor has no version
+            given[:] = [(x, x._version)]
+        return (x, *inputs[1:])
+
+    def after(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        if given:
+            x, version = given.pop()
+            # Looked at in every pass: noise may leave a branch untaken that the user's images take. Those of the first
+            # such pass are written to, as by a call of the host itself.
+            _WRITES[host] = _WRITES.get(host, False) or x._version != version
+
+    with registered(
+        lambda: host.register_forward_pre_hook(ours(before), prepend=True),
+        lambda: host.register_forward_hook(ours(after)),
+    ):
+        yield
+
+
+def _eagerly() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled functions eagerly: a submodule compiled on its own ignores hooks that come after its first call."""
+    # Without dynamo nothing was compiled, and importing it takes seconds.
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
+class Unfit(ValueError):
+    """A host that is no classifier, or images that are none of its; the text tells."""
+
+
+class HostArgs(tuple[Any, ...]):
+    """Further arguments of the host's forward, made for one batch; probes and statistics run other batch sizes.
+
+    Tensors with one row an image follow the batch: other sizes repeat the first row.
+    """
+
+    batch: int
+
+    @classmethod
+    def of(cls, additional: Any, batch: int) -> HostArgs:
+        """From Captum's `additional_forward_args`: None, one value or a tuple."""
+        args = cls(() if additional is None else additional if isinstance(additional, tuple) else (additional,))
+        args.batch = batch
+        return args
+
+    def rows(self, count: int) -> tuple[Any, ...]:
+        if count == self.batch:
+            return tuple(self)
+        follows = [isinstance(a, Tensor) and a.ndim > 0 and len(a) == self.batch for a in self]
+        return tuple(a[:1].expand(count, *a.shape[1:]) if f else a for a, f in zip(self, follows, strict=True))
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error tells of too little memory or of a GPU that is gone, and nothing of what was run."""
+    broken = getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError)
+    # The errors of the CPU, of cuBLAS and cuDNN, and of Apple's GPUs have no class of their own.
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    if type(error) is RuntimeError and any(word in str(error) for word in words):
+        return True
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError | broken)
+
+
+# torch's own words where images do not fit a layer; an error of the host's own is left as it is.
+OTHER_CHANNELS = re.compile(r"expected input.* to have \d+ channels, but got (\d+) channels")
+OTHER_DTYPE = re.compile(r"dtype|Input type|scalar type|data ?type")
+
+
+def run_host(model: nn.Module, x: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
+    """Run the host and check that it returned logits (B, K).
+
+    Raises:
+        Unfit: anything else came out, or the model refuses images of so many channels.
+        TypeError: the model refuses images of another precision than its own.
+    """
+    try:
+        logits = model(x, *(args.rows(len(x)) if isinstance(args, HostArgs) else args))
+    except RuntimeError as error:
+        if x.dtype != host_dtype(model) and OTHER_DTYPE.search(str(error)):
+            raise TypeError(f"images must be {host_dtype(model)} as the model is, got {x.dtype}: {error}") from error
+        refused = OTHER_CHANNELS.search(str(error))
+        if refused and int(refused[1]) == x.shape[1]:
+            raise Unfit(f"the model refuses images of {x.shape[1]} channels: {error}") from error
+        raise
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise Unfit(f"model must map (B, 3, H, W) to logits (B, K) with B = {x.shape[0]}, got {got}")
+    return logits
