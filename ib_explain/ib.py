@@ -44,9 +44,10 @@ from ib_explain.fitting import (
 )
 from ib_explain.hooks import LayerError, capture, replace_output
 from ib_explain.io import FILES, FORMAT, data_config, fingerprint, host_facts, read_folder, versions, write_folder
+from ib_explain.lattice import attention_without_lattice, without_lattice
 from ib_explain.layouts import Layout, LayoutChanged
 from ib_explain.lending import HostArgs, frozen, outside_inference_mode, run_host
-from ib_explain.maps import resize, spread, spread_signed, without_lattice, without_lattice_signed
+from ib_explain.maps import resize, spread, spread_signed, with_sums
 from ib_explain.modules import find_module, host_device, host_dtype, module_name, unwrap
 from ib_explain.observation import Observation, observe
 from ib_explain.per_image import REFINING_LR, PerImageSettings, optimise
@@ -681,8 +682,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 raise ValueError(ONE_CLASS)
             if output == "relevance":
                 brought = self.bottleneck.label_bits(seen)
-                maps = spread_signed(without_lattice_signed(brought) if place.strided else brought, size)
-                return _finite(maps)
+                return _finite(spread_signed(without_lattice(brought) if place.strided else brought, size))
             if fitted and reference is None:
                 restriction, start = self.bottleneck.restriction, self.bottleneck.attend(seen).value
             else:
@@ -691,7 +691,10 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             if output == "attention":
                 return _finite(resize(attention, size))
             bits = restriction.bits(seen, attention).clamp_min(0)
-            return _finite(spread(without_lattice(bits) if place.strided else bits, size))
+            if place.strided:
+                even = restriction.bits(seen, attention_without_lattice(attention)).clamp_min(0)
+                bits = with_sums(even, bits.sum(dim=(1, 2, 3)))
+            return _finite(spread(bits, size))
 
     def _restriction(
         self, host: nn.Module, place: Place, reference: Tensor | None = None, args: tuple[Any, ...] = ()

@@ -7,7 +7,7 @@ import torch
 
 from ib_explain.bottleneck.anchors import Anchors
 from ib_explain.bottleneck.attention import AttentionNetwork, Reading, _gelu, class_evidence, unit_scale
-from ib_explain.maps import spread, without_lattice
+from ib_explain.maps import spread
 
 
 def test_anchors_replace_by_the_nearest_value():
@@ -95,18 +95,6 @@ def test_a_zero_gradient_gives_finite_evidence():
     zeros = torch.zeros(2, 4, 3, 3)
     assert torch.equal(class_evidence(torch.randn(2, 4, 3, 3), zeros), torch.zeros(2, 2, 3, 3))
     assert torch.equal(unit_scale(zeros), zeros)
-
-
-def test_a_lattice_is_taken_out_and_the_sum_stays():
-    signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(5, 6)[:9]
-    rows, columns = torch.meshgrid(torch.arange(9.0), torch.arange(12.0), indexing="ij")
-    smooth = 5 + 0.3 * rows + 0.02 * columns**2
-    dotted = torch.stack([smooth + lattice for lattice in (signs, (-1) ** rows, (-1) ** columns)])[:, None]
-    even = without_lattice(dotted)
-    torch.testing.assert_close(even.sum((2, 3)), dotted.sum((2, 3)))
-    inner = even / even[..., 4:5, 6:7] / (smooth / smooth[4, 6])
-    torch.testing.assert_close(inner[..., 2:-2, 2:-2], torch.ones(3, 1, 5, 8), rtol=1e-4, atol=1e-4)
-    assert torch.equal(without_lattice(torch.zeros(1, 1, 3, 3)), torch.zeros(1, 1, 3, 3))
 
 
 @pytest.mark.parametrize("size", [(640, 640), (23, 37), (5, 4), (3, 2)])

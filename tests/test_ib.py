@@ -13,7 +13,8 @@ from captum.metrics import infidelity, sensitivity_max
 
 import ib_explain as ibx
 from ib_explain.ib import IBAttention
-from ib_explain.maps import resize, spread, without_lattice
+from ib_explain.lattice import attention_without_lattice
+from ib_explain.maps import resize, spread
 from ib_explain.objective import location_price, rate
 from ib_explain.per_image import REFINING_LR, PerImageSettings
 from tests.explaining import fitted
@@ -60,10 +61,14 @@ class TestMaps:
         x = images(2, seed=9)
         with ibx_frozen(host), torch.no_grad():
             seen, place = ib._observe(host, x, None, (), read=True, gradient=True)
-            bits = ib.bottleneck.restriction.bits(seen, ib.bottleneck.attend(seen).value)
+            attention = ib.bottleneck.attend(seen).value
+            passed, even = (
+                ib.bottleneck.restriction.bits(seen, a) for a in (attention, attention_without_lattice(attention))
+            )
         assert place.strided == strides_on
-        expected = spread(without_lattice(bits) if strides_on else bits, (24, 24))
-        torch.testing.assert_close(ib.attribute(x), expected)
+        kept = passed.sum(dim=(1, 2, 3), keepdim=True) / even.sum(dim=(1, 2, 3), keepdim=True)
+        torch.testing.assert_close(ib.attribute(x), spread(even * kept if strides_on else passed, (24, 24)))
+        assert strides_on == (not torch.allclose(ib.attribute(x), spread(passed, (24, 24)), rtol=1e-3))
 
     def test_many_images_at_once_are_as_one_by_one(self, pair):
         ib, host = pair

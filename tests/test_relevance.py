@@ -10,7 +10,7 @@ from torch import nn
 from ib_explain.contenders import contenders_of
 from ib_explain.ib import IBAttention
 from ib_explain.lending import frozen
-from ib_explain.maps import spread_signed, without_lattice_signed
+from ib_explain.maps import spread_signed
 from ib_explain.observation import observe
 from ib_explain.relevance import coalitions, label_information, regression_loss
 from tests.models import images, tiny
@@ -229,10 +229,3 @@ class TestMaps:
         fine = spread_signed(amounts, size)
         torch.testing.assert_close(fine.sum(dim=(1, 2, 3)), amounts.sum(dim=(1, 2, 3)), atol=1e-5, rtol=1e-5)
         assert torch.equal(spread_signed(amounts, (6, 5)), amounts)
-
-    def test_the_lattice_goes_and_the_sum_stays(self):
-        dots = torch.zeros(1, 1, 8, 8)
-        dots[..., ::2, ::2] = 1.0
-        even = without_lattice_signed(dots - 0.5)
-        torch.testing.assert_close(even.sum(), (dots - 0.5).sum(), atol=1e-4, rtol=0)
-        assert even[..., 2:-2, 2:-2].std() < 0.05
