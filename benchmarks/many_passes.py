@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--methods", type=lambda text: text.split(","), default=[], help="some, without a table")
     options = parser.parse_args()
-    options.split, options.steps = "val", None
+    options.split, options.steps, options.kept = "val", None, None
     host, data = quality.reference(options)
     host = host.to(pick_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
     boards = []

@@ -14,9 +14,11 @@ val` is for final tables and writes to results/quality/HOST/ as well: table.md, 
 cost_faithfulness.png, maps.jpg (a map for each of 64 images) and methods.jpg (the main methods on eight images).
 
 In --out lie the fitted bottlenecks, a run of `ib_explain.benchmark` for each group of methods (all of which go on where
-they were stopped), and report/, the page of all together. After a change of the method delete its fits and runs, named
-ib-*; the others stand. A run with --bf16 needs an --out of its own: its fits and rows look like any others. `--methods
-baselines` needs no fit and makes no table yet: it is the part that can run before.
+they were stopped), and report/, the page of all together. With --kept what was measured is also kept without its
+figures, small enough for a repository, and a later run elsewhere goes on from there. After a change of the method
+delete its fits and runs, named ib-*, in both; the others stand. A run with --bf16 needs an --out of its own: its fits
+and rows look like any others. `--methods baselines` needs no fit and makes no table yet: it is the part that can run
+before.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import quality_figures as figures
 import quality_methods as q
 import quality_table as tables
 import torch
+from quality_kept import bring_run, copy_fit, keep_run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
@@ -151,6 +154,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", choices=["baselines", "core", "all"], default="core")
     parser.add_argument("--without", type=lambda text: text.split(","), default=[], help="methods of all to leave out")
     parser.add_argument("--bf16", action="store_true", help="the host computes in bfloat16: twice as fast on some CPUs")
+    parser.add_argument("--kept", type=Path, help="folder of finished runs and fits to go on from, and to add to")
     parser.add_argument("--hosts", type=Path, help="folder of swin, vit and mixer")
     parser.add_argument("--weights", type=Path, help="of the reference host")
     parser.add_argument("--data", type=Path, help="of the reference host")
@@ -215,17 +219,23 @@ def fit(
     """A bottleneck with default settings; read from --out where it is there."""
     name = f"{layer or 'ib'}-{reads}-seed{seed}-steps{options.steps or '-default'}"
     folder = options.out / "fitted" / name
+    if options.kept:
+        copy_fit(options.kept / "fitted" / name, folder)
     if not folder.exists():
         loader = DataLoader(data.fit, FIT_BATCH, shuffle=True, drop_last=True)
         ib = ibx.IBAttention(host, layer, reads=reads, seed=seed)
         ib.fit(loader, steps=options.steps, checkpoint=f"{folder}-run", resume=True).save(folder)
+    if options.kept:
+        copy_fit(folder, options.kept / "fitted" / name)
     return ibx.IBAttention.load(folder, host)
 
 
 def run(name: str, host: nn.Module, data: Data, methods: dict[str, Any], options: argparse.Namespace) -> Leaderboard:
     """Measure some methods; goes on where it was stopped."""
     print(f"{name}: {', '.join(methods)}", file=sys.stderr, flush=True)
-    return ibx.benchmark(
+    if options.kept:
+        bring_run(options.kept / name, options.out / name)
+    board = ibx.benchmark(
         host,
         data.measured,
         methods=methods,
@@ -235,6 +245,9 @@ def run(name: str, host: nn.Module, data: Data, methods: dict[str, Any], options
         reference=None,
         data_name=data.name,
     )
+    if options.kept:
+        keep_run(options.out / name, options.kept / name)
+    return board
 
 
 def estimate(host: nn.Module, data: Data, options: argparse.Namespace) -> None:
