@@ -18,7 +18,8 @@ they were stopped), and report/, the page of all together. With --kept what was 
 figures, small enough for a repository, and a later run elsewhere goes on from there. After a change of the method
 delete its fits and runs, named ib-*, in both; the others stand. A run with --bf16 needs an --out of its own: its fits
 and rows look like any others. `--methods baselines` needs no fit and makes no table yet: it is the part that can run
-before.
+before. `--methods own` measures what a change of our method moves, `ib` of each seed with its controls, beside Grad-CAM
+alone, and writes own.md and own.json.
 """
 
 from __future__ import annotations
@@ -91,9 +92,10 @@ def main() -> None:
     best = tables.best_by_gap(boards[0])
     layer = grad_cams[best][1]["layer"]
     baselines = q.baselines(layers, layer, examples)
-    boards.append(run("baselines", host, data, baselines, options))
-    if layer != ibx.default_layer(host):
-        boards.append(run("energy", host, data, q.deep_energy(layer, examples), options))
+    if options.methods != "own":
+        boards.append(run("baselines", host, data, baselines, options))
+        if layer != ibx.default_layer(host):
+            boards.append(run("energy", host, data, q.deep_energy(layer, examples), options))
     if options.methods == "baselines":
         return
 
@@ -105,10 +107,30 @@ def main() -> None:
     boards.append(run(f"ib-seed{seed}", host, data, {name: ib} | refined | controls, options))
     for later, other in list(fitted.items())[1:]:
         boards.append(run(later.replace("ib seed ", "ib-seed"), host, data, {later: other}, options))
+    roles = tables.Roles(
+        best=best,
+        seeds=list(fitted),
+        earlier=f"ib at {q.one_stage_earlier(host)}",
+        refined=next(iter(refined)),
+        controls=list(controls),
+        costly=[q.RISE, "iba"],
+        energy="activation_energy",
+    )
+    folder = RESULTS / options.host if options.split == "val" else options.out / "table"
+    folder.mkdir(parents=True, exist_ok=True)
+    few = Source(data.measured, images=min(SHEET, options.images)).batches()
+    images = torch.cat([batch.x for batch in few]).to(pick_device())
+    figures.maps_sheet(host, images, ib, folder)
+    if options.methods == "own":
+        told = about(host, data, fitted, options)
+        tables.write_own(tables.join(boards, best, options.out / "report"), roles, told, folder)
+        print((folder / "own.md").read_text())
+        return
+
     features = {f"ib_features seed {seed}": fit(host, data, seed, "features", options)}
     boards.append(run("ib-features", host, data, features, options))
     earlier = q.one_stage_earlier(host)
-    shallow = {f"ib at {earlier}": fit(host, data, seed, "gradient", options, layer=earlier)}
+    shallow = {roles.earlier: fit(host, data, seed, "gradient", options, layer=earlier)}
     boards.append(run("ib-earlier", host, data, shallow, options))
     if options.methods == "all":
         host.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # DeepLIFT refuses the other one
@@ -119,27 +141,14 @@ def main() -> None:
             if extra not in options.without:
                 boards.append(run(f"extra-{extra.replace(' ', '-')}", host, data, {extra: made}, options))
 
-    folder = RESULTS / options.host if options.split == "val" else options.out / "table"
-    folder.mkdir(parents=True, exist_ok=True)
-    roles = tables.Roles(
-        best=best,
-        seeds=list(fitted),
-        earlier=next(iter(shallow)),
-        refined=next(iter(refined)),
-        controls=list(controls),
-        costly=[q.RISE, "iba"],
-        energy="activation_energy",
-    )
     tables.write(
         tables.join(boards, best, options.out / "report"),
         roles,
         about(host, data, fitted | features | shallow, options),
         folder,
     )
-    images = torch.cat([batch.x for batch in Source(data.measured, images=min(SHEET, options.images)).batches()])
-    main_methods = [name, *features, *refined, best, *list(baselines)[: -len(q.HOST_FREE)]]
-    everything = {name: ib} | features | refined | grad_cams | baselines
-    figures.sheets(host, images.to(pick_device()), everything, main_methods, folder)
+    seeing = {key: made for key, made in baselines.items() if key not in q.HOST_FREE}
+    figures.methods_sheet(host, images, {name: ib} | features | refined | {best: grad_cams[best]} | seeing, folder)
     print((folder / "table.md").read_text())
 
 
@@ -151,7 +160,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", choices=["train", "val"], default="train")
     parser.add_argument("--seeds", type=lambda text: [int(word) for word in text.split(",")], default=[0])
     parser.add_argument("--steps", type=int, help="of a fit; the package's default if left out")
-    parser.add_argument("--methods", choices=["baselines", "core", "all"], default="core")
+    parser.add_argument("--methods", choices=["own", "baselines", "core", "all"], default="core")
     parser.add_argument("--without", type=lambda text: text.split(","), default=[], help="methods of all to leave out")
     parser.add_argument("--bf16", action="store_true", help="the host computes in bfloat16: twice as fast on some CPUs")
     parser.add_argument("--kept", type=Path, help="folder of finished runs and fits to go on from, and to add to")

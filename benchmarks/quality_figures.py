@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,25 +40,32 @@ def cost_figure(summary: Summary, folder: Path) -> None:
     write_file(folder / "cost_faithfulness.png", buffer.getvalue())
 
 
-def sheets(host: nn.Module, x: Tensor, methods: dict[str, Any], main: Sequence[str], folder: Path) -> None:
-    """Write maps.jpg, all images with their map by the first of `main`, and methods.jpg, eight under all of it."""
-    contenders = {contender.name: contender for contender in contenders_of(methods, host)}
-    with torch.no_grad():
-        target = torch.cat([host(part) for part in x.split(32)]).argmax(dim=1)
-    first = contenders[main[0]].explain(host, x, target, batch_size=32)
+def maps_sheet(host: nn.Module, x: Tensor, method: Any, folder: Path) -> None:
+    """Write maps.jpg, the images with their maps by one method."""
+    contender = contenders_of({"method": method}, host)[0]
+    first = contender.explain(host, x, _predicted(host, x), batch_size=32)
     with tempfile.TemporaryDirectory() as scratch:
         sheet = contact_sheet(x, first, Path(scratch) / "maps.png", model=host, columns=8, thumbnail=64)
         save_jpeg(folder / "maps.jpg", Image.open(sheet))
 
-    few = slice(None, None, max(1, len(x) // 8))
-    x, target = x[few][:8], target[few][:8]
-    short = {name: name.split(" seed")[0] for name in main}
-    maps = {short[name]: contenders[name].explain(host, x, target) for name in main}
+
+def methods_sheet(host: nn.Module, x: Tensor, methods: dict[str, Any], folder: Path) -> None:
+    """Write methods.jpg, eight of the images under all methods."""
+    x = x[:: max(1, len(x) // 8)][:8]
+    target = _predicted(host, x)
+    contenders = contenders_of(methods, host)
+    short = [contender.name.split(" seed")[0] for contender in contenders]
+    maps = {name: c.explain(host, x, target) for name, c in zip(short, contenders, strict=True)}
     # Maps of one unit would share a scale; blanks before it, which nobody sees, give each method one of its own.
-    units = {short[name]: " " * (place + 1) + contenders[name].unit for place, name in enumerate(main)}
+    units = {name: " " * place + c.unit for place, (name, c) in enumerate(zip(short, contenders, strict=True), 1)}
     buffer = io.BytesIO()
     visualize(x, maps, model=host, unit=units).savefig(buffer, format="png", dpi=72)
     save_jpeg(folder / "methods.jpg", Image.open(buffer))
+
+
+def _predicted(host: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([host(part) for part in x.split(32)]).argmax(dim=1)
 
 
 def save_jpeg(path: Path, image: Image.Image) -> None:

@@ -144,10 +144,7 @@ def write(board: Leaderboard, roles: Roles, about: dict[str, Any], folder: Path)
         "differences_to_best_grad_cam": {
             m: {k: _numbers(shown.differences[m, k]) for k in HEADS} for m in order if m != roles.best
         },
-        "paired_differences": [
-            {"of": one, "to": other} | {k: _numbers(found.differences[one, k]) for k in HEADS}
-            for (one, other), found in compared.items()
-        ],
+        "paired_differences": _pair_numbers(compared),
         "lattice": {m: _numbers(grid.cells[m, "lattice"]) for m in order},
         "lattice_minus_features": {m: _numbers(grid.differences[m, "lattice"]) for m in roles.seeds},
     }
@@ -155,7 +152,26 @@ def write(board: Leaderboard, roles: Roles, about: dict[str, Any], folder: Path)
     cost_figure(summarise(rows, [GAP, facts("degradation_10_steps"), facts("passes")], methods=ranked), folder)
 
 
-def write_short(board: Leaderboard, reference: str, head: Sequence[str], about: dict[str, Any], path: Path) -> None:
+def write_own(board: Leaderboard, roles: Roles, about: dict[str, Any], folder: Path) -> None:
+    """Write own.md and own.json into `folder`: the fitted `ib` of each seed, its controls, Grad-CAM; no ranks."""
+    head = [
+        f"# `ib` and Grad-CAM on the host `{about['host']}`",
+        f"`{about['command']}`",
+        f"Means over {board.summary.images} images ({about['data']}; {about['precision']}) ± half of the 95 % "
+        f"bootstrap interval. ▲ better, ▼ worse than `{roles.best}` by a paired 95 % interval that leaves 0 out; that "
+        "layer is the best for Grad-CAM, chosen on these very images.",
+    ]
+    write_short(board, roles.best, head, about, folder / "own", _pairs(roles, list(board.run["settings"]["methods"])))
+
+
+def write_short(
+    board: Leaderboard,
+    reference: str,
+    head: Sequence[str],
+    about: dict[str, Any],
+    path: Path,
+    pairs: Sequence[tuple[str, str]] = (),
+) -> None:
     """Write scores beside those of one method as path.md and path.json, without ranks.
 
     Args:
@@ -164,20 +180,35 @@ def write_short(board: Leaderboard, reference: str, head: Sequence[str], about: 
         head: paragraphs above the table.
         about: what was run, for the numbers.
         path: without suffix.
+        pairs: methods whose paired difference is told as well, the first minus the second.
     """
     methods = list(board.run["settings"]["methods"])
-    shown = summarise(with_gap(board.rows), [facts(name) for name in (*HEADS, "passes")], reference, methods=methods)
+    rows = with_gap(board.rows)
+    shown = summarise(rows, [facts(name) for name in (*HEADS, "passes")], reference, methods=methods)
     heads = ["method", *(f"{head} {shown.facts(name).arrow}" for name, head in HEADS.items()), "passes"]
     lines = [
         [f"`{m}`", *(_score(shown, m, name) for name in HEADS), f"{shown.cells[m, 'passes'].mean:.2f}"] for m in methods
     ]
-    write_file(path.with_suffix(".md"), "\n\n".join([*head, _markdown(heads, lines)]) + "\n")
+    compared = {pair: _compare(rows, *pair, [*HEADS]) for pair in pairs}
+    text = [*head, _markdown(heads, lines)]
+    if pairs:
+        text += ["The first minus the second, ▲ where the first is better, ▼ where it is worse:", _pair_table(compared)]
+    write_file(path.with_suffix(".md"), "\n\n".join(text) + "\n")
     numbers = about | {
         "reference": reference,
         "scores": {m: {k.name: _numbers(shown.cells[m, k.name]) for k in shown.metrics} for m in methods},
         "differences": {m: {k: _numbers(shown.differences[m, k]) for k in HEADS} for m in methods if m != reference},
     }
+    if pairs:
+        numbers["paired_differences"] = _pair_numbers(compared)
     write_file(path.with_suffix(".json"), _json(numbers))
+
+
+def _pair_numbers(compared: dict[tuple[str, str], Summary]) -> list[dict[str, Any]]:
+    return [
+        {"of": one, "to": other} | {k: _numbers(found.differences[one, k]) for k in HEADS}
+        for (one, other), found in compared.items()
+    ]
 
 
 def _pairs(roles: Roles, table: Sequence[str]) -> list[tuple[str, str]]:
