@@ -1,6 +1,7 @@
 """The order of the house: imports run one way, the front door is light, what is promised is there."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -39,6 +40,18 @@ def test_imports_make_no_circle():
     named = modules()
     graph = {name: (imports_of(path) & named.keys()) - {name} for name, path in named.items()}
     list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_the_page_on_the_code_names_every_file_once_and_imports_run_down_its_groups():
+    page = (PACKAGE.parent / "docs" / "code.md").read_text(encoding="utf-8").split("## The files")[1]
+    groups = [re.findall(r"`([a-z_]+)(?:\.py|/)`", group) for group in page.split("\n**")[1:]]
+    named = [name for group in groups for name in group]
+    assert len(named) == len(set(named))
+    assert set(named) == {name.split(".")[1] for name in modules() if name != "ib_explain"}
+    floor = {name: number for number, group in enumerate(groups) for name in group}
+    for name, path in modules().items():
+        for used in {imported.split(".")[1] for imported in imports_of(path) if imported.count(".")} & floor.keys():
+            assert name == "ib_explain" or floor[used] <= floor[name.split(".")[1]], (name, used)
 
 
 def test_only_hooks_registers_forward_hooks_on_the_host():
