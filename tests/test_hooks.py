@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,6 +76,13 @@ def explode() -> None:
 
 
 class TestUninterrupted:
+    @pytest.fixture(autouse=True)
+    def _as_in_a_terminal(self) -> Iterator[None]:
+        """A shell that runs pytest in the background lets it ignore Ctrl-C."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     def test_a_ctrl_c_waits_for_the_end(self) -> None:
         done = []
         with pytest.raises(KeyboardInterrupt), uninterrupted():
