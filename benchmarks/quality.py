@@ -16,10 +16,12 @@ cost_faithfulness.png, maps.jpg (a map for each of 64 images) and methods.jpg (t
 In --out lie the fitted bottlenecks, a run of `ib_explain.benchmark` for each group of methods (all of which go on where
 they were stopped), and report/, the page of all together. With --kept what was measured is also kept without its
 figures, small enough for a repository, and a later run elsewhere goes on from there: results/quality/HOST/kept holds
-each image's values of all methods but ours. After a change of the method its fits and runs, named ib-*, are to be
-deleted in both. A run with --bf16 needs an --out of its own: its fits and rows look like any others. `--methods baselines` needs no fit and makes no table yet: it is the part that can run
-before. `--methods own` measures what a change of our method moves, `ib` of each seed with its controls, beside Grad-CAM
-alone, and writes own.md and own.json.
+each image's values of all methods but ours. After a change of our method delete its fits and runs, named ib-*, in both;
+the others stand. A run with --bf16 needs an --out of its own: its fits and rows look like any others.
+
+`--methods baselines` needs no fit and makes no table yet: it is the part that can run before. `--methods own` measures
+what a change of our method moves, `ib` of each seed with its controls, beside Grad-CAM alone, and writes own.md and
+own.json.
 """
 
 from __future__ import annotations
