@@ -155,6 +155,15 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         """The user's own module, out of any wrapper."""
         return unwrap(self.forward_func)
 
+    def __repr__(self) -> str:
+        layer = repr(self.layer_name) if self.layer_name else "the default layer"
+        where = f"{type(self.host).__name__} at {layer}"
+        if self._place is not None:
+            (h, w), channels = self.site.grid, self.site.channels
+            where += f", grid {h}x{w} of {channels} channels"
+        state = f"fitted on {(self.record or {}).get('images', 'unknown')} images" if self.fitted else "not fitted"
+        return f"<IBAttention of {where}; gate {self.gate!r}, reads {self.reads!r}; {state}>"
+
     @property
     def fitted(self) -> bool:
         return self._bottleneck is not None

@@ -23,22 +23,23 @@ __all__ = ["Leaderboard"]
 AS_RUN = "as in the run"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Leaderboard:
-    """How methods stand under metrics. `print(board)` shows the table; `save` writes files and a page.
+    """How methods stand under metrics. `print(board)` shows the table, a notebook the tables as Markdown; `save` writes
+    files and a page.
 
     Made by `ib_explain.benchmark`, or from a run folder by `Leaderboard.read`.
     """
 
     summary: Summary
     """Means, intervals, differences and ranks, to compute with."""
-    rows: Sequence[Row] = field(repr=False)
+    rows: Sequence[Row]
     """Every image under every method and metric."""
-    curves: Sequence[CurveBatch] = field(repr=False)
+    curves: Sequence[CurveBatch]
     """The whole curves behind insertion, deletion and the like, image by image."""
-    store: RunStore = field(repr=False)
+    store: RunStore
     """Where the run lies."""
-    pictures: Pictures = field(default_factory=Pictures, repr=False)
+    pictures: Pictures = field(default_factory=Pictures)
     """For the page: maps of the same images under all methods, and of the extreme cases."""
 
     @classmethod
@@ -154,6 +155,14 @@ class Leaderboard:
 
     def __str__(self) -> str:
         return self.table()
+
+    def __repr__(self) -> str:
+        s = self.summary
+        return f"<Leaderboard of {len(s.methods)} methods and {len(s.metrics)} metrics on {s.images} images>"
+
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows of a cell that ends with the board."""
+        return self.to_markdown()
 
 
 def _facts(name: str, told: Mapping[str, Any]) -> MetricFacts:

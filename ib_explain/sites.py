@@ -38,7 +38,7 @@ ALIKE = 0.9  # of the best score: within it the layer with the shorter name is t
 GROUP = 8  # layers that share a probe; their outputs are in memory together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Site:
     """A layer whose output was probed for inputs of one size.
 
@@ -66,6 +66,10 @@ class Site:
     reached: float
     pooled: bool
     skippable: bool
+
+    def __repr__(self) -> str:
+        (h, w), shares = self.grid, f"depth {self.depth:.2f}, leak {self.leak:.2f}, effect {self.effect:.2f}"
+        return f"<Site {self.name!r}: grid {h}x{w} of {self.channels} channels, {shares}>"
 
     @property
     def grid(self) -> tuple[int, int]:

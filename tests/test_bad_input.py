@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import ib_explain as ibx
 from ib_explain.metrics import insertion
 from tests.models import images, tiny
-from tests.test_hooks import assert_same, mixed, state
+from tests.states import assert_same, mixed, state
 
 HOST = mixed(tiny())  # some modules in training mode, some parameters frozen
 FITTED = ibx.IBAttention(HOST, "stages.1").fit([images(4)], steps=1, show_progress=False)

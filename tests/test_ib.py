@@ -282,6 +282,15 @@ class TestCaptum:
         assert ib.get_name() == "IB Attention"
         assert IBAttention.interpolate(torch.zeros(1, 1, 2, 2), (4, 4)).shape == (1, 1, 4, 4)
 
+    def test_its_repr_tells_layer_grid_and_state(self, cnn):
+        told = repr(cnn[0])
+        (h, w), name = cnn[0].site.grid, cnn[0].layer_name
+        assert f"at {name!r}, grid {h}x{w} of {cnn[0].site.channels} channels" in told
+        assert f"fitted on {cnn[0].record['images']} images" in told
+        assert "at the default layer; gate 'gaussian', reads 'features'; not fitted" in repr(
+            IBAttention(cnn[1], reads="features")
+        )
+
     def test_the_constructor_touches_nothing(self):
         host = tiny().train()
         before = facts(host)

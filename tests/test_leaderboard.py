@@ -27,6 +27,11 @@ def test_saved_where_it_ran(tmp_path, undrawn):
     assert (folder / "rows.csv").read_bytes() == before
 
 
+def test_a_notebook_shows_the_tables(board):
+    assert board._repr_markdown_() == board.to_markdown()
+    assert repr(board).startswith("<Leaderboard of ") and "\n" not in repr(board)
+
+
 def test_saved_elsewhere_can_be_read_and_resumed(board, tmp_path, undrawn):
     board.save(tmp_path / "copy")
     again = Leaderboard.read(tmp_path / "copy")

@@ -17,7 +17,7 @@ from ib_explain.layouts import Layout
 from ib_explain.sites import candidate_layers, deeper_sites, default_layer, input_size_of, resolve_site, sites
 from ib_explain.stripes import probe_images
 from tests.models import CLASSES, TinyCNN, TinyNHWC, TinyViT
-from tests.test_hooks import assert_same, mixed, state
+from tests.states import assert_same, mixed, state
 
 SIZE = (3, 32, 48)
 
@@ -389,6 +389,12 @@ class TestDeeper:
     def test_nothing_behind_the_last(self) -> None:
         model = make(TinyCNN)
         assert deeper_sites(model, resolve_site(model, "stages", SIZE)) == []
+
+
+def test_a_site_tells_itself_in_a_line() -> None:
+    site = resolve_site(TinyCNN(), "stages.0", SIZE)
+    (h, w), told = site.grid, repr(site)
+    assert told.startswith(f"<Site 'stages.0': grid {h}x{w} of {site.channels} channels, depth ") and "\n" not in told
 
 
 def test_input_size_from_the_hosts_own_config() -> None:

@@ -14,7 +14,7 @@ from ib_explain.ib import IBAttention
 from ib_explain.modules import find_module
 from ib_explain.sites import candidate_layers, input_size_of, resolve_site
 from ib_explain.stripes import probe_images
-from tests.test_hooks import assert_same, mixed, state
+from tests.states import assert_same, mixed, state
 
 
 class Sample(NamedTuple):

@@ -14,7 +14,7 @@ from ib_explain import attribute
 from ib_explain.ib import IBAttention
 from ib_explain.sites import resolve_site
 from ib_explain.stripes import probe_images
-from tests.test_hooks import assert_same, mixed, state
+from tests.states import assert_same, mixed, state
 
 HOSTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int], str]] = {
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=7), (3, 96, 128), "NCHW"),
