@@ -220,7 +220,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             checkpoint: folder that keeps the state of the run; it may hold nothing else.
             every: steps between two checkpoints, besides the one at the end; None for a tenth of the fit, at most 100.
             resume: continue from `checkpoint` if it is there; ends at the weights of an uninterrupted run.
-            show_progress: a bar on a terminal, lines in a pipe.
+            show_progress: a bar on a terminal and in a notebook, lines in a pipe.
 
         Returns:
             self; `.record` tells the run.

@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, plain lines into a pipe, nothing when switched off."""
+"""Progress for people: a bar on a terminal and in a notebook, plain lines into a pipe, nothing when switched off."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ class Progress:
     def __init__(self, total: int, label: str, *, show: bool = True, done: int = 0) -> None:
         self.total, self.label, self.show, self.done = total, label, show, done
         self._first, self._started, self._last_line = done, time.monotonic(), 0.0
-        terminal = show and sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=done, desc=label, dynamic_ncols=True) if terminal else None
+        self._bar = tqdm(total=total, initial=done, desc=label, dynamic_ncols=True) if show and _can_rewrite() else None
 
     def step(self, count: int = 1, **figures: float) -> None:
         """Advance, at most to the total (the last batch may hold more than was left), and show the latest figures."""
@@ -55,3 +54,8 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _can_rewrite() -> bool:
+    """Whether a line on standard error can be written over: on a terminal, and in a notebook's cell."""
+    return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")

@@ -1,6 +1,8 @@
-"""What a pipe gets to see of long work; a terminal's bar is tqdm's."""
+"""What a pipe and a notebook get to see of long work; a terminal's bar is tqdm's."""
 
+import io
 import re
+import sys
 
 import pytest
 
@@ -45,3 +47,12 @@ def test_few_lines_for_quick_work(capsys):
         for _ in range(1000):
             progress.step()
     assert len(capsys.readouterr().err.splitlines()) <= 2  # the first and the last
+
+
+def test_a_notebook_gets_a_bar(monkeypatch):
+    stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress(2, "fit") as progress:
+        progress.step(loss=0.5)
+        progress.step(loss=0.25)
+    assert "\r" in stream.getvalue() and "loss 0.25" in stream.getvalue() and "100%" in stream.getvalue()
