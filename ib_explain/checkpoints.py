@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ib_explain.checks import warn_user
 from ib_explain.files import check_replaceable, current_folder, replace_folder
 from ib_explain.io import CONFIG, FILES, FORMAT, read_folder, write_folder
 
@@ -46,23 +48,42 @@ def _tells_a_run(config: Path) -> bool:
 
 
 def write_checkpoint(
-    path: Path, weights: dict[str, Tensor], description: dict[str, Any], state: dict[str, Any]
+    path: Path, weights: dict[str, Tensor], description: dict[str, Any], state: dict[str, Any], first: Tensor
 ) -> None:
     """Replace the checkpoint at `path` by a new one.
+
+    Args:
+        path: of the folder.
+        weights: of the bottleneck.
+        description: all that has to be the same for a run to go on from here.
+        state: of the run.
+        first: images of the data's first batch.
 
     Raises:
         FileExistsError: the folder holds other files.
     """
     with replace_folder(path, CHECKPOINT_FILES) as folder:
-        write_folder(folder, weights, {"format": FORMAT, **description, "run": state["run"]})
+        known = {"format": FORMAT, **description, "first_batch": _digest(first)}
+        write_folder(folder, weights, {**known, "run": state["run"]})
         save_file(state["tensors"], folder / OPTIMISER)
 
 
-def read_checkpoint(path: str | Path, description: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any] | None:
+def read_checkpoint(
+    path: str | Path, description: dict[str, Any], settings: dict[str, Any], first: Tensor | None = None
+) -> dict[str, Any] | None:
     """The state to resume from, or None if there is no checkpoint yet.
+
+    Args:
+        path: of the folder.
+        description: what the run would write.
+        settings: of the run.
+        first: images of the data's first batch, where the checkpoint has them of the same process.
 
     Returns:
         {"weights": the bottleneck's, "tensors": the optimiser's, "run": counters and figures}.
+
+    Warns:
+        UserWarning: the data begins with other images. Random augmentations may do that, too.
 
     Raises:
         ValueError: the checkpoint is another run's (naming the first setting that differs), or damaged.
@@ -92,7 +113,15 @@ def read_checkpoint(path: str | Path, description: dict[str, Any], settings: dic
         tensors = load_file(folder / OPTIMISER)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / OPTIMISER} is damaged: {error}") from error
+    if first is not None and config.get("first_batch", _digest(first)) != _digest(first):
+        done = f"its {run['step']} of {settings['steps']} steps are not taken again on these"
+        warn_user(f"{folder} is the checkpoint of a fit whose data began with other images: {done}")
     return {"weights": weights, "tensors": tensors, "run": run}
+
+
+def _digest(images: Tensor) -> str:
+    values = images.detach().float().cpu().contiguous().numpy()
+    return hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()
 
 
 def _decisive(value: Any) -> Any:

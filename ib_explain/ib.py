@@ -228,7 +228,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         Warns:
             UserWarning: the grid alone, with class tokens and the like held at their mean, keeps less than nine of ten
                 of the host's answers (`record["grid_alone"]`); or the attention has closed for more than one image in
-                twenty, whose answer is lost by it (`record["final_shut"]`): their maps are empty.
+                twenty, whose answer is lost by it (`record["final_shut"]`): their maps are empty; or `checkpoint` is
+                of a fit whose data began with other images.
 
         Raises:
             TypeError: data that is no iterable of image tensors.
@@ -271,14 +272,16 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             if checkpoint is not None:
                 check_checkpoint_folder(checkpoint)
             if resume and checkpoint is not None:
-                state = read_checkpoint(checkpoint, description, dataclasses.asdict(settings))
+                # The main process wrote it, and others read other batches.
+                seen = first if accelerator.is_main_process else None
+                state = read_checkpoint(checkpoint, description, dataclasses.asdict(settings), seen)
             if state is not None:
                 bottleneck = self._empty(state["weights"], place).to(device)
             else:
                 bottleneck = self._start(host, place, batches, accelerator, show_progress)
 
             def save(now: dict[str, Any]) -> None:
-                write_checkpoint(Path(str(checkpoint)), bottleneck.state_dict(), description, now)
+                write_checkpoint(Path(str(checkpoint)), bottleneck.state_dict(), description, now, first)
 
             record = train(
                 bottleneck,

@@ -227,6 +227,17 @@ def test_a_checkpoint_of_another_run_is_refused_and_a_crash_between_renames_is_s
     assert_equal(weights(fit(data, steps=4, checkpoint=folder, resume=True)), weights(fit(data, steps=4)))
 
 
+def test_a_checkpoint_of_a_fit_on_other_images_is_told(tmp_path):
+    data, folder = batches(), tmp_path / "run"
+    fit(data, steps=4, checkpoint=folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(data, steps=4, checkpoint=folder, resume=True)
+    others = [(x.flip(0), y) for x, y in data]
+    with pytest.warns(UserWarning, match="data began with other images: its 4 of 4 steps are not taken again on these"):
+        fit(others, steps=4, checkpoint=folder, resume=True)
+
+
 def test_a_run_folder_that_is_no_checkpoint(tmp_path):
     data, folder, ib = batches(), tmp_path / "run", fit(batches(), steps=4)
     ib.save(folder)
@@ -253,7 +264,7 @@ def test_a_run_folder_that_is_no_checkpoint(tmp_path):
 def test_when_checkpoints_are_written(tmp_path, monkeypatch):
     """By default a tenth of the fit lies between two; there is one at the end in any case."""
     written = []
-    monkeypatch.setattr("ib_explain.ib.write_checkpoint", lambda _path, _weights, _what, now: written.append(now))
+    monkeypatch.setattr("ib_explain.ib.write_checkpoint", lambda *given: written.append(given[3]))
     for steps, every, expected in ((25, None, [*range(2, 26, 2), 25]), (5, None, [1, 2, 3, 4, 5]), (5, 3, [3, 5])):
         written.clear()
         fit(batches(), steps=steps, every=every, checkpoint=tmp_path / "run")
