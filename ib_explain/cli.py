@@ -234,9 +234,13 @@ def _data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", type=Path, metavar="ROOT", help="folder of class folders, of images, or a tar file")
     group.add_argument("--split", metavar="NAME", help='folder or tar file in ROOT, such as "train" or "val"')
     group.add_argument("--dataset", default="", metavar="NAME", help='data by timm\'s name, such as "hfds/..."')
-    group.add_argument(
-        "--workers", type=_natural, default=2, metavar="N", help="processes that read images (default: 2)"
-    )
+    several = "processes that read images (default: 2, on one processor 1)"
+    group.add_argument("--workers", type=_natural, default=min(2, _processors()), metavar="N", help=several)
+
+
+def _processors() -> int:
+    """Those that this process may use; torch warns of more readers."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _compute(parser: argparse.ArgumentParser, *, batch_size: int | None) -> None:
