@@ -132,4 +132,4 @@ def test_the_tables_of_the_quality_page_are_those_of_the_committed_runs():
             for text, metric in zip(shown, columns, strict=True):
                 assert float(text) == pytest.approx(scores[cells[0].strip("`")][metric][0], abs=5.1e-4), (line, metric)
             compared += 1
-        assert compared >= 14, file
+        assert compared >= 10, file
