@@ -15,7 +15,7 @@ from ib_explain.checks import warn_user
 from ib_explain.files import check_replaceable, current_folder, replace_folder
 from ib_explain.io import CONFIG, FILES, FORMAT, read_folder, write_folder
 
-__all__ = ["CHECKPOINT_FILES", "check_checkpoint_folder", "read_checkpoint", "write_checkpoint"]
+__all__ = ["CHECKPOINT_FILES", "check_checkpoint_folder", "digest", "read_checkpoint", "write_checkpoint"]
 
 OPTIMISER = "optimiser.safetensors"
 CHECKPOINT_FILES = (*FILES, OPTIMISER)
@@ -48,7 +48,7 @@ def _tells_a_run(config: Path) -> bool:
 
 
 def write_checkpoint(
-    path: Path, weights: dict[str, Tensor], description: dict[str, Any], state: dict[str, Any], first: Tensor
+    path: Path, weights: dict[str, Tensor], description: dict[str, Any], state: dict[str, Any], first: str
 ) -> None:
     """Replace the checkpoint at `path` by a new one.
 
@@ -57,19 +57,19 @@ def write_checkpoint(
         weights: of the bottleneck.
         description: all that has to be the same for a run to go on from here.
         state: of the run.
-        first: images of the data's first batch.
+        first: `digest` of the data's first images.
 
     Raises:
         FileExistsError: the folder holds other files.
     """
     with replace_folder(path, CHECKPOINT_FILES) as folder:
-        known = {"format": FORMAT, **description, "first_batch": _digest(first)}
-        write_folder(folder, weights, {**known, "run": state["run"]})
+        config = {"format": FORMAT, **description, "first_batch": first, "run": state["run"]}
+        write_folder(folder, weights, config)
         save_file(state["tensors"], folder / OPTIMISER)
 
 
 def read_checkpoint(
-    path: str | Path, description: dict[str, Any], settings: dict[str, Any], first: Tensor | None = None
+    path: str | Path, description: dict[str, Any], settings: dict[str, Any], first: str | None
 ) -> dict[str, Any] | None:
     """The state to resume from, or None if there is no checkpoint yet.
 
@@ -77,7 +77,7 @@ def read_checkpoint(
         path: of the folder.
         description: what the run would write.
         settings: of the run.
-        first: images of the data's first batch, where the checkpoint has them of the same process.
+        first: `digest` of the data's first images; None for a process that reads others than the writer of checkpoints.
 
     Returns:
         {"weights": the bottleneck's, "tensors": the optimiser's, "run": counters and figures}.
@@ -113,13 +113,14 @@ def read_checkpoint(
         tensors = load_file(folder / OPTIMISER)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / OPTIMISER} is damaged: {error}") from error
-    if first is not None and config.get("first_batch", _digest(first)) != _digest(first):
+    if first is not None and config.get("first_batch", first) != first:
         done = f"its {run['step']} of {settings['steps']} steps are not taken again on these"
         warn_user(f"{folder} is the checkpoint of a fit whose data began with other images: {done}")
     return {"weights": weights, "tensors": tensors, "run": run}
 
 
-def _digest(images: Tensor) -> str:
+def digest(images: Tensor) -> str:
+    """What tells images from others, exactly."""
     values = images.detach().float().cpu().contiguous().numpy()
     return hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ib_explain.bottleneck.gates import GATES
 from ib_explain.bottleneck.module import Bottleneck, Restriction, empty_bottleneck
-from ib_explain.checkpoints import check_checkpoint_folder, read_checkpoint, write_checkpoint
+from ib_explain.checkpoints import check_checkpoint_folder, digest, read_checkpoint, write_checkpoint
 from ib_explain.checks import (
     check_bool,
     check_images,
@@ -268,12 +268,12 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 seed=self.seed,
             )
             description = {**self._describe(place), "host": host_facts(host), "batch_size": len(first)}
-            state = None
+            state, begins = None, digest(first)
             if checkpoint is not None:
                 check_checkpoint_folder(checkpoint)
             if resume and checkpoint is not None:
                 # The main process wrote it, and others read other batches.
-                seen = first if accelerator.is_main_process else None
+                seen = begins if accelerator.is_main_process else None
                 state = read_checkpoint(checkpoint, description, dataclasses.asdict(settings), seen)
             if state is not None:
                 bottleneck = self._empty(state["weights"], place).to(device)
@@ -281,7 +281,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 bottleneck = self._start(host, place, batches, accelerator, show_progress)
 
             def save(now: dict[str, Any]) -> None:
-                write_checkpoint(Path(str(checkpoint)), bottleneck.state_dict(), description, now, first)
+                write_checkpoint(Path(str(checkpoint)), bottleneck.state_dict(), description, now, begins)
 
             record = train(
                 bottleneck,

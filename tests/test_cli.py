@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ib_explain.cli import main
+from ib_explain.cli import _parser, main
 from ib_explain.commands.map_folder import plan_names
 from ib_explain.hosts import class_names, load_host
 from ib_explain.training import Trainer
@@ -453,3 +454,9 @@ def test_names_that_begin_with_a_dash_stand_behind_two(host, pictures, tmp_path,
     words = ["attribute", *host, "--method", "edges", "--out", "maps", "--workers", "0", "--", "-one two.png"]
     assert main([str(word) for word in words]) == 0
     assert (tmp_path / "maps" / "-one two.npz").is_file()
+
+
+@pytest.mark.parametrize(("processors", "readers"), [(1, 1), (2, 2), (64, 2)])
+def test_no_more_readers_than_processors_by_default(monkeypatch, processors, readers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(processors)), raising=False)
+    assert _parser().parse_args(["fit", "resnet18", "--data", "pictures"]).workers == readers

@@ -124,7 +124,7 @@ def test_the_tables_of_the_quality_page_are_those_of_the_committed_runs():
         compared = 0
         for line in lines:
             cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
-            if not line.startswith("| `") or cells[0].strip("`") not in scores:
+            if not line.startswith("| `"):
                 continue
             shown = [
                 cell.removesuffix(" ▲").removesuffix(" ▼") for cell in cells if re.match(r"-?[01]?\.\d{3}\b", cell)
