@@ -106,7 +106,8 @@ def main() -> None:
     name, ib = next(iter(fitted.items()))
     refined = {f"ib refine={q.REFINE} seed {seed}": (ib, {"refine": q.REFINE})}
     controls = q.controls(host, ib, layer, examples)
-    boards.append(run(f"ib-seed{seed}", host, data, {name: ib} | refined | controls, options))
+    boards.append(run(f"ib-seed{seed}", host, data, {name: ib} | controls, options))
+    boards.append(run("ib-refined", host, data, refined, options))
     for later, other in list(fitted.items())[1:]:
         boards.append(run(later.replace("ib seed ", "ib-seed"), host, data, {later: other}, options))
     roles = tables.Roles(

@@ -48,9 +48,10 @@ from ib_explain.lattice import attention_without_lattice, without_lattice
 from ib_explain.layouts import Layout, LayoutChanged
 from ib_explain.lending import HostArgs, frozen, outside_inference_mode, run_host
 from ib_explain.maps import resize, spread, spread_signed, with_sums
+from ib_explain.masked_evidence import masked_evidence
 from ib_explain.modules import find_module, host_device, host_dtype, module_name, unwrap
 from ib_explain.observation import Observation, observe
-from ib_explain.per_image import REFINING_LR, PerImageSettings, optimise
+from ib_explain.per_image import REFINING_LR, PerImageSettings, mask_pairs, optimise
 from ib_explain.places import Place, find_place
 from ib_explain.randomness import check_seed, generator_of, normal
 from ib_explain.reference import reference_statistics
@@ -322,7 +323,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             inputs: images (B, 3, H, W), or a tuple of one such tensor (then a tuple comes back).
             target: None for the host's own top-1 (Captum's None means no selection), an int, a list, a 1-D tensor.
             additional_forward_args: further arguments of the host's forward.
-            refine: steps of per-image optimisation that start from the fitted attention.
+            refine: steps of per-image optimisation that start from the fitted attention, guided by a pair of passes
+                over the partly hidden images for every five steps, forward and backward through the whole host.
             output: "bits", information that passes at each pixel, non-negative, its sum the image's bits;
                 "attention", A in [0, 1]; or, where it was fitted, "relevance", label bits: what each pixel tells of
                 the class, signed, their sum log2 p(class | x) - E log2 p(class | nothing).
@@ -699,7 +701,12 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 restriction, start = self.bottleneck.restriction, self.bottleneck.attend(seen).value
             else:
                 restriction, start = self._restriction(host, place, reference, args), None
-            attention = optimise(restriction, seen, place.site.layout, settings, start)
+            evidence = None
+            if settings.steps > 0:
+                grid = (int(seen.features.shape[2]), int(seen.features.shape[3]))
+                pairs = mask_pairs(settings.steps)
+                evidence = masked_evidence(host, x, seen.target, grid, pairs=pairs, seed=settings.seed, args=args)
+            attention = optimise(restriction, seen, place.site.layout, settings, start, evidence)
             if output == "attention":
                 return _finite(resize(attention, size))
             bits = restriction.bits(seen, attention).clamp_min(0)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ib_explain.maps import resize
 from ib_explain.observation import Observation
 
-__all__ = ["PRICE", "location_price", "nats_at_stake", "rate", "worth_fitting"]
+__all__ = ["PRICE", "location_price", "nats_at_stake", "rate", "standardised", "worth_fitting"]
 
 PRICE = 2.0  # in units of what is at stake: what a rate of 1 costs, one nat through every feature element
 LEAST_AT_STAKE = 0.1  # nats
@@ -54,7 +54,7 @@ def worth_fitting(logits: Tensor, closed: Tensor, target: Tensor) -> Tensor:
     return ahead.gather(1, target[:, None])[:, 0].clamp(0, 1)
 
 
-def location_price(seen: Observation) -> Tensor:
+def location_price(seen: Observation, masked: Tensor | None = None) -> Tensor:
     """What a nat costs at each position of the site, (B, 1, h, w), 1 on average over an image.
 
     exp(-3 e), where e is the evidence of the layers of a coarser grid that are read behind the site: Grad-CAM without
@@ -64,6 +64,7 @@ def location_price(seen: Observation) -> Tensor:
 
     Args:
         seen: a clean pass with gradients.
+        masked: further evidence, of the partly hidden pictures, (B, 1, h, w), at any scale; it counts as much.
     """
     grid = (seen.features.shape[2], seen.features.shape[3])
     read = zip(seen.deep, seen.deep_gradients, strict=False)
@@ -73,8 +74,10 @@ def location_price(seen: Observation) -> Tensor:
     evidence = torch.zeros((len(seen.features), 1, *grid), device=seen.features.device)
     for features, gradient in pairs:
         weights = gradient.float().mean(dim=(2, 3), keepdim=True)
-        evidence = evidence + resize(_standardised((weights * features.float()).sum(dim=1, keepdim=True)), grid)
-    price = torch.exp(-CONTRAST * _standardised(evidence))
+        evidence = evidence + resize(standardised((weights * features.float()).sum(dim=1, keepdim=True)), grid)
+    if masked is not None:
+        evidence = standardised(evidence) + standardised(masked.float())
+    price = torch.exp(-CONTRAST * standardised(evidence))
     return price / price.mean(dim=(2, 3), keepdim=True)
 
 
@@ -91,7 +94,7 @@ def rate(bits: Tensor, price: Tensor, channels: int) -> Tensor:
     return (blocks.clamp_min(0) + 1e-6).sqrt().mean(dim=(1, 2, 3))
 
 
-def _standardised(values: Tensor) -> Tensor:
+def standardised(values: Tensor) -> Tensor:
     """Zero mean and unit standard deviation in each image; a constant becomes zero, up to rounding."""
     centred = values - values.mean(dim=(2, 3), keepdim=True)
     scale = centred.square().mean(dim=(2, 3), keepdim=True).sqrt()

@@ -2,6 +2,10 @@
 
 The loss is summed over images and every image sees the same noise, so a batch gives the maps that one image at a time
 would give; only the part of the host behind the site runs.
+
+A fit learns what holds for all images. What the evidence of these very ones is, a few passes over the partly hidden
+pictures tell (`ib_explain.masked_evidence`): it prices the places along with the deeper layers, and the attention
+starts moved towards it, since few small steps would not get there.
 """
 
 from __future__ import annotations
@@ -16,14 +20,16 @@ from torch import Tensor
 from ib_explain.bottleneck.information import MOST_ATTENTION
 from ib_explain.bottleneck.module import Restriction
 from ib_explain.layouts import Layout
-from ib_explain.objective import PRICE, location_price, nats_at_stake, rate
+from ib_explain.objective import PRICE, location_price, nats_at_stake, rate, standardised
 from ib_explain.observation import Observation
 from ib_explain.randomness import generator_of, normal
 
-__all__ = ["REFINING_LR", "PerImageSettings", "optimise"]
+__all__ = ["REFINING_LR", "PerImageSettings", "mask_pairs", "optimise"]
 
 REFINING_LR = 0.15  # from a fitted attention, which is nearly right: larger steps follow the noise of the few samples
 START = 0.73  # open enough that the first predictions are nearly the host's
+STEPS_A_PAIR = 5  # of masks
+LEAST_MOVE, MOST_MOVE = -2.0, 1.0  # of the start, in logits; evidence from few masks has outliers
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ def optimise(
     layout: Layout,
     settings: PerImageSettings,
     start: Tensor | None = None,
+    evidence: Tensor | None = None,
 ) -> Tensor:
     """Minimise -ln p(target | restricted grid) + beta * rate over the attention of each image, by Adam.
 
@@ -61,6 +68,7 @@ def optimise(
         layout: of the site.
         settings: see there.
         start: attention to start from, (B, 1, h, w); by default .73 everywhere.
+        evidence: of the partly hidden pictures for their targets, (B, 1, h, w), at any scale.
 
     Returns:
         Attention (B, 1, h, w), detached: the mean over the last quarter of the steps.
@@ -70,10 +78,12 @@ def optimise(
     if settings.steps == 0:
         return torch.full(shape, START, device=features.device) if start is None else start.detach()
     first = torch.full(shape, math.log(START / (1 - START)), device=features.device) if start is None else _logit(start)
+    if evidence is not None:
+        first = first + _towards(evidence, first.sigmoid())
     logit = first.detach().float().clone().requires_grad_()
     optimiser = torch.optim.Adam([logit], lr=settings.lr)
     generator = generator_of(settings.seed, features.device)
-    price = location_price(seen)
+    price = location_price(seen, evidence)
     beta = _beta(restriction, seen, layout, settings, generator)  # (B,)
     kept, averaged = torch.zeros(shape, device=features.device), max(1, settings.steps // 4)
     with torch.enable_grad():
@@ -94,6 +104,18 @@ def optimise(
             if step >= settings.steps - averaged:
                 kept += logit.detach().sigmoid() / averaged
     return kept
+
+
+def mask_pairs(steps: int) -> int:
+    """How many pairs of masks the evidence for so many steps is taken from: the more there are, the less is noise."""
+    return math.ceil(steps / STEPS_A_PAIR)
+
+
+def _towards(evidence: Tensor, attention: Tensor) -> Tensor:
+    """By how much the logits start nearer to the evidence: by its standard deviations above or below what is open."""
+    deviations = standardised(evidence.float())
+    of_open = (deviations * attention).sum(dim=(2, 3), keepdim=True) / attention.sum(dim=(2, 3), keepdim=True)
+    return (deviations - of_open).clamp(LEAST_MOVE, MOST_MOVE)
 
 
 def _beta(

@@ -1,7 +1,7 @@
-"""Replace pixels: what stands in for a removed pixel, and which pixels a given step removes.
+"""Replace pixels: what stands in for a removed pixel, and which pixels a given step or a random mask removes.
 
-Shared by RISE, insertion and deletion, degradation, ROAD and sensitivity-n. Images are (B, C, H, W) in the host's
-normalised space; nothing here knows a model.
+Shared by RISE, refining, insertion and deletion, degradation, ROAD and sensitivity-n. Images are (B, C, H, W) in the
+host's normalised space; nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from ib_explain.checks import check_positive_int, did_you_mean
 from ib_explain.maps import pixel_order
 from ib_explain.randomness import generator_of, normal
 
-__all__ = ["FILLS", "fill_images", "gaussian_blur", "pixel_ranks", "rise_blur", "step_counts", "tied_share"]
+__all__ = [
+    "FILLS",
+    "fill_images",
+    "gaussian_blur",
+    "pixel_ranks",
+    "rise_blur",
+    "rise_masks",
+    "step_counts",
+    "tied_share",
+]
 
 
 def fill_images(x: Tensor, fill: str | Tensor, *, seed: int = 0) -> Tensor:
@@ -70,6 +79,22 @@ def gaussian_blur(x: Tensor, *, sigma: float = 5.0) -> Tensor:
     return _separable(x, _gaussian(sigma), "replicate")
 
 
+def rise_masks(cells: Tensor, shifts: Tensor, size: tuple[int, int]) -> Tensor:
+    """Upsample binary cells bilinearly to one cell more than the image, and cut the image out at a random shift
+    (Petsiuk et al. 2018).
+
+    Args:
+        cells: (M, s, s) bool.
+        shifts: (M, 2) in [0, 1), shares of a cell.
+        size: (H, W) of the image.
+
+    Returns:
+        (M, H, W) float32 in [0, 1].
+    """
+    weights = [_interpolation(int(cells.shape[1]), extent, shifts[:, axis]) for axis, extent in enumerate(size)]
+    return weights[0] @ cells.float() @ weights[1].transpose(1, 2)
+
+
 def pixel_ranks(maps: Tensor, *, descending: bool = True) -> Tensor:
     """Return each pixel's place in the order of removal: (B, H, W) -> (B, H*W) int32, 0 first, ties by pixel index."""
     order = pixel_order(maps if descending else -maps)
@@ -108,6 +133,16 @@ def step_counts(total: int, *, steps: int | None = None, per_step: int | None = 
     if steps > total:
         raise ValueError(f"steps must be at most {total}, the number of units to replace, got {steps}")
     return torch.div(torch.arange(steps + 1, device="cpu") * total + steps // 2, steps, rounding_mode="floor")
+
+
+def _interpolation(side: int, extent: int, shifts: Tensor) -> Tensor:
+    """Bilinear weights of `side` cells for each pixel along one axis, (M, extent, side)."""
+    cell = math.ceil(extent / side)
+    pixels = torch.arange(extent, device=shifts.device) + (shifts[:, None] * cell).floor()
+    where = (pixels + 0.5) * side / ((side + 1) * cell) - 0.5  # in cells; 0 is the first one's centre
+    # Beyond the outer cells' centres the grid is mirrored, as in the authors' code (scikit-image's "reflect").
+    where = (side - 1 - (side - 1 - where.abs()).abs()).clamp_min(0)
+    return (1 - (where[..., None] - torch.arange(side, device=shifts.device)).abs()).clamp_min(0)
 
 
 def _gaussian(sigma: float) -> Tensor:

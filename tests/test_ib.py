@@ -14,7 +14,9 @@ from captum.metrics import infidelity, sensitivity_max
 import ib_explain as ibx
 from ib_explain.ib import IBAttention
 from ib_explain.lattice import attention_without_lattice
+from ib_explain.lending import HostArgs
 from ib_explain.maps import resize, spread
+from ib_explain.masked_evidence import masked_evidence
 from ib_explain.objective import location_price, rate
 from ib_explain.per_image import REFINING_LR, PerImageSettings
 from tests.explaining import fitted
@@ -116,7 +118,10 @@ class TestMaps:
         ib, host = cnn
         x = images(3, seed=9)
         assert ib.record["settings"]["beta"] == 0.01
-        expected = resize(grid_attention(ib, host, x, 3, beta=0.01), (24, 24))
+        with ibx_frozen(host), torch.no_grad():
+            grid, target = (ib.site.grid[0], ib.site.grid[1]), host(x).argmax(1)
+            evidence = masked_evidence(host, x, target, grid, pairs=1, seed=ib.seed, args=HostArgs.of(None, 3))
+        expected = resize(grid_attention(ib, host, x, 3, beta=0.01, evidence=evidence), (24, 24))
         torch.testing.assert_close(ib.attribute(x, refine=3, output="attention"), expected)
 
     def test_same_seed_same_map_and_global_random_state_untouched(self, cnn):
@@ -165,14 +170,14 @@ def ibx_frozen(host):
     return frozen(host)
 
 
-def grid_attention(ib, host, x, refine, beta=None):
+def grid_attention(ib, host, x, refine, beta=None, evidence=None):
     from ib_explain.per_image import optimise
 
     with ibx_frozen(host), torch.no_grad():
         seen, place = ib._observe(host, x, None, (), read=True, gradient=True)
         start = ib.bottleneck.attend(seen).value
         settings = PerImageSettings(steps=refine, lr=REFINING_LR, beta=beta, seed=ib.seed)
-        return optimise(ib.bottleneck.restriction, seen, place.site.layout, settings, start)
+        return optimise(ib.bottleneck.restriction, seen, place.site.layout, settings, start, evidence)
 
 
 class TestHostStaysAsItWas:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import ib_explain as ibx
-from ib_explain.methods.rise import RISE, rise_masks
+from ib_explain.methods.rise import RISE
+from ib_explain.perturb import rise_masks
 
 
 class Corner(nn.Module):

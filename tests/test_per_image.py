@@ -112,7 +112,7 @@ def test_zero_steps_return_the_start():
     assert torch.equal(ours(host, x, restriction, PerImageSettings(steps=0), start), start)
 
 
-def planted(seen):
+def planted(seen, masked=None):
     """Places on the left cost twenty times those on the right."""
     price = torch.ones(len(seen.features), 1, *seen.features.shape[-2:])
     price[..., : price.shape[-1] // 2] = 20.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,9 +11,10 @@ from torch import Tensor
 from ib_explain.checks import check_number, check_positive_int
 from ib_explain.methods.base import Call, register_method
 from ib_explain.methods.masking import masked_scores
+from ib_explain.perturb import rise_masks
 from ib_explain.randomness import generator_of, uniform
 
-__all__ = ["RISE", "rise_masks"]
+__all__ = ["RISE"]
 
 
 @register_method("rise")
@@ -57,28 +57,3 @@ class RISE:
                 scores = masked_scores(call.model, call.x, masks[None], classes, probability=True)
                 heat += torch.einsum("bm,mhw->bhw", scores, masks)
         return heat[:, None] / (self.masks * self.keep)
-
-
-def rise_masks(cells: Tensor, shifts: Tensor, size: tuple[int, int]) -> Tensor:
-    """Upsample binary cells bilinearly to one cell more than the image, and cut the image out at a random shift.
-
-    Args:
-        cells: (M, s, s) bool.
-        shifts: (M, 2) in [0, 1), shares of a cell.
-        size: (H, W) of the image.
-
-    Returns:
-        (M, H, W) float32 in [0, 1].
-    """
-    weights = [_interpolation(int(cells.shape[1]), extent, shifts[:, axis]) for axis, extent in enumerate(size)]
-    return weights[0] @ cells.float() @ weights[1].transpose(1, 2)
-
-
-def _interpolation(side: int, extent: int, shifts: Tensor) -> Tensor:
-    """Bilinear weights of `side` cells for each pixel along one axis, (M, extent, side)."""
-    cell = math.ceil(extent / side)
-    pixels = torch.arange(extent, device=shifts.device) + (shifts[:, None] * cell).floor()
-    where = (pixels + 0.5) * side / ((side + 1) * cell) - 0.5  # in cells; 0 is the first one's centre
-    # Beyond the outer cells' centres the grid is mirrored, as in the authors' code (scikit-image's "reflect").
-    where = (side - 1 - (side - 1 - where.abs()).abs()).clamp_min(0)
-    return (1 - (where[..., None] - torch.arange(side, device=shifts.device)).abs()).clamp_min(0)
