@@ -702,7 +702,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             else:
                 restriction, start = self._restriction(host, place, reference, args), None
             evidence = None
-            if settings.steps > 0:
+            if settings.steps > 0 and start is not None:  # refining
                 grid = (int(seen.features.shape[2]), int(seen.features.shape[3]))
                 pairs = mask_pairs(settings.steps)
                 evidence = masked_evidence(host, x, seen.target, grid, pairs=pairs, seed=settings.seed, args=args)

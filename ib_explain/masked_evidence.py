@@ -1,4 +1,4 @@
-"""Evidence from the picture with parts of it hidden: what an optimisation for single images goes by."""
+"""Evidence from the picture with parts of it hidden: what refining goes by."""
 
 from __future__ import annotations
 

@@ -3,9 +3,10 @@
 The loss is summed over images and every image sees the same noise, so a batch gives the maps that one image at a time
 would give; only the part of the host behind the site runs.
 
-A fit learns what holds for all images. What the evidence of these very ones is, a few passes over the partly hidden
-pictures tell (`ib_explain.masked_evidence`): it prices the places along with the deeper layers, and the attention
-starts moved towards it, since few small steps would not get there.
+A fit learns what holds for all images. Where the evidence in these very ones is, a few passes over the partly hidden
+pictures tell (`ib_explain.masked_evidence`). Refining goes by it: it prices the places along with the deeper layers,
+and the attention starts moved towards it, since few small steps would not get there. An optimisation from scratch does
+not: without a fit that knows better, the noise of few masks does harm.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ __all__ = ["REFINING_LR", "PerImageSettings", "mask_pairs", "optimise"]
 REFINING_LR = 0.15  # from a fitted attention, which is nearly right: larger steps follow the noise of the few samples
 START = 0.73  # open enough that the first predictions are nearly the host's
 STEPS_A_PAIR = 5  # of masks
-LEAST_MOVE, MOST_MOVE = -2.0, 1.0  # of the start, in logits; evidence from few masks has outliers
+MOVE = 1.5  # of the start, in logits for a standard deviation of the evidence
+LEAST, MOST = -2.0, 0.5  # standard deviations that count: up, a few masks of noise would make the brightest place
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def _towards(evidence: Tensor, attention: Tensor) -> Tensor:
     """By how much the logits start nearer to the evidence: by its standard deviations above or below what is open."""
     deviations = standardised(evidence.float())
     of_open = (deviations * attention).sum(dim=(2, 3), keepdim=True) / attention.sum(dim=(2, 3), keepdim=True)
-    return (deviations - of_open).clamp(LEAST_MOVE, MOST_MOVE)
+    return MOVE * (deviations - of_open).clamp(LEAST, MOST)
 
 
 def _beta(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import ib_explain as ibx
+from ib_explain import IBAttention
 from ib_explain.lending import HostArgs, frozen
 from ib_explain.masked_evidence import masked_evidence
 from ib_explain.metrics import count_passes
@@ -125,9 +125,24 @@ def test_attention_moves_towards_the_evidence_and_its_scale_does_not_matter():
 
 def test_refining_looks_at_masked_pictures_and_the_fitted_map_does_not():
     host, x = tiny(), images(8, seed=1)
-    ib = ibx.IBAttention(host, "stages.1").fit([x] * 2, steps=4, show_progress=False)
+    ib = IBAttention(host, "stages.1").fit([x] * 2, steps=4, show_progress=False)
     fitted = count_passes(host, x, lambda model, images_, target: ib.attribute(images_, target))
     refined = count_passes(host, x, lambda model, images_, target: ib.attribute(images_, target, refine=5))
     # A pair of masks through the whole host, and five steps with two noise samples each through a part of it.
     assert refined[0] > fitted[0] + 2 and refined[1] > fitted[1] + 2
     assert not torch.allclose(ib.attribute(x, refine=5), ib.attribute(x))
+
+
+def test_an_optimisation_from_scratch_goes_without(monkeypatch):
+    host, x = tiny(), images(4, seed=1)
+
+    def refuse(*_args, **_options):
+        raise AssertionError("masked pictures were looked at")
+
+    monkeypatch.setattr("ib_explain.ib.masked_evidence", refuse)
+    settings = PerImageSettings(steps=2)
+    IBAttention(host, "stages.1").attribute_per_image(x, settings=settings)
+    fitted = IBAttention(host, "stages.1").fit([x] * 2, steps=2, show_progress=False)
+    fitted.attribute_per_image(x, settings=settings)
+    with pytest.raises(AssertionError, match="masked pictures"):
+        fitted.attribute(x, refine=2)
