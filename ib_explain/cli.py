@@ -161,7 +161,7 @@ def _add_attribute(commands: Commands) -> None:
         type=_natural,
         default=0,
         metavar="K",
-        help="per-image steps on top of a fitted bottleneck (default: 0)",
+        help="per-image steps on top of a fitted bottleneck, each of about three passes (default: 0)",
     )
     attribute.add_argument(
         "--output",
