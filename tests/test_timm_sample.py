@@ -114,6 +114,8 @@ def test_default_layer_map_and_closed_attention(name: str) -> None:
     assert (heat.flatten(1).std(dim=1) > 0).all()
     ib = IBAttention(model, site.name).fit([x], steps=1, show_progress=False)
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in ib.bottleneck.parameters())
+    refined = ib.attribute(x, refine=1)  # which takes gradients through all of the model
+    assert torch.isfinite(refined).all() and not torch.equal(refined, ib.attribute(x))
     with torch.no_grad(), ib.restrict(attention=0.0) as host:
         closed = host(x)
     torch.testing.assert_close(closed[0], closed[1], rtol=1e-4, atol=1e-5)
