@@ -18,7 +18,7 @@ CELLS = 3  # of a mask, a side: it hides large parts, so that what is left is se
 def masked_evidence(
     host: nn.Module, x: Tensor, target: Tensor, grid: tuple[int, int], *, pairs: int, seed: int, args: HostArgs
 ) -> Tensor:
-    """What each place of a picture brings the target, as a mean over random masks on the picture: (B, 1, h, w).
+    """What each place of a picture brings the target, summed over random masks on the picture: (B, 1, h, w).
 
     A place's evidence is the derivative of ln p(target) by the mask there: what the host's answer gains when a little
     more of the place is shown, among whatever else the mask shows. So one pass forward and one backward tell of all
