@@ -113,12 +113,18 @@ def test_the_table_of_many_passes_is_that_of_its_run():
 
 def test_the_tables_of_the_quality_page_are_those_of_the_committed_runs():
     page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
-    sections = {"reference/table": "## The reference host", "reference/fifth_release": "### Further methods"}
-    sections |= {"cnn/table": "pictures: a CNN", "vit/table": "pictures: a ViT"}
-    sections |= {"mixer/table": "pictures: an MLP-Mixer", "swin/table": "pictures: a Swin"}
+    sections = [  # with the least number of rows
+        ("reference/table", "## The reference host", 20),
+        ("reference/table", "### Further methods", 5),
+        ("reference/fifth_release", "as of the fifth release\n", 5),
+        ("cnn/table", "pictures: a CNN", 20),
+        ("vit/table", "pictures: a ViT", 20),
+        ("mixer/table", "pictures: an MLP-Mixer", 20),
+        ("swin/table", "pictures: a Swin", 20),
+    ]
     columns = ("insertion_minus_deletion", "insertion", "deletion", "degradation_10_steps", "road_3_shares")
     columns += ("energy_inside", "pointing_game", "effective_heat_ratio")
-    for file, heading in sections.items():
+    for file, heading, least in sections:
         scores = json.loads((RESULTS / "quality" / f"{file}.json").read_text())["scores"]
         lines = page.split(heading)[1].split("\n##")[0].splitlines()
         compared = 0
@@ -132,4 +138,4 @@ def test_the_tables_of_the_quality_page_are_those_of_the_committed_runs():
             for text, metric in zip(shown, columns, strict=True):
                 assert float(text) == pytest.approx(scores[cells[0].strip("`")][metric][0], abs=5.1e-4), (line, metric)
             compared += 1
-        assert compared >= 10, file
+        assert compared >= least, (file, heading)
