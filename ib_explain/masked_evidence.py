@@ -25,8 +25,8 @@ def masked_evidence(
     places at once, where RISE (Petsiuk et al. 2018, arXiv 1806.07421) learns one number from a forward pass with the
     same masks; over many masks it tends to the expected gradients (Erion et al. 2021, arXiv 1906.10670) of the mask.
     Masks come in pairs, each hiding what the other shows; a hidden pixel is zero in normalised space. All images see
-    the same masks, so that a batch gives what one image at a time would give. Where the answer stays certain to the last
-    digit under all masks, the evidence is zero.
+    the same masks, so that a batch gives what one image at a time would give. Where the answer stays certain to the
+    last digit under all masks, the evidence is zero.
 
     Args:
         host: the host, frozen by the caller.
