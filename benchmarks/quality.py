@@ -20,8 +20,8 @@ each image's values of all methods but ours. After a change of our method delete
 the others stand. A run with --bf16 needs an --out of its own: its fits and rows look like any others.
 
 `--methods baselines` needs no fit and makes no table yet: it is the part that can run before. `--methods own` measures
-what a change of our method moves, `ib` of each seed with its controls, beside Grad-CAM alone, and writes own.md and
-own.json.
+what a change of our method moves, `ib` of each seed, as fitted and refined, with its controls, beside Grad-CAM alone,
+and writes own.md and own.json.
 """
 
 from __future__ import annotations
@@ -104,17 +104,19 @@ def main() -> None:
     seed = options.seeds[0]
     fitted = {f"ib seed {n}": fit(host, data, n, "gradient", options) for n in options.seeds}
     name, ib = next(iter(fitted.items()))
-    refined = {f"ib refine={q.REFINE} seed {seed}": (ib, {"refine": q.REFINE})}
+    more = {"refine": q.REFINE}
+    refined = {f"ib refine={q.REFINE} seed {n}": (fitted[f"ib seed {n}"], more) for n in options.seeds}
     controls = q.controls(host, ib, layer, examples)
     boards.append(run(f"ib-seed{seed}", host, data, {name: ib} | controls, options))
-    boards.append(run("ib-refined", host, data, refined, options))
-    for later, other in list(fitted.items())[1:]:
-        boards.append(run(later.replace("ib seed ", "ib-seed"), host, data, {later: other}, options))
+    for n, key in list(zip(options.seeds, fitted, strict=True))[1:]:
+        boards.append(run(f"ib-seed{n}", host, data, {key: fitted[key]}, options))
+    for n, key in zip(options.seeds, refined, strict=True):
+        boards.append(run(f"ib-refined-seed{n}", host, data, {key: refined[key]}, options))
     roles = tables.Roles(
         best=best,
         seeds=list(fitted),
         earlier=f"ib at {q.one_stage_earlier(host)}",
-        refined=next(iter(refined)),
+        refined=list(refined),
         controls=list(controls),
         costly=[q.RISE, "iba"],
         energy="activation_energy",
@@ -150,8 +152,9 @@ def main() -> None:
         about(host, data, fitted | features | shallow, options),
         folder,
     )
+    finest = {roles.refined[0]: refined[roles.refined[0]]}
     seeing = {key: made for key, made in baselines.items() if key not in q.HOST_FREE}
-    figures.methods_sheet(host, images, {name: ib} | features | refined | {best: grad_cams[best]} | seeing, folder)
+    figures.methods_sheet(host, images, {name: ib} | features | finest | {best: grad_cams[best]} | seeing, folder)
     print((folder / "table.md").read_text())
 
 
@@ -279,7 +282,7 @@ def estimate(host: nn.Module, data: Data, options: argparse.Namespace) -> None:
     for name in q.SEVEN:
         METRICS.get(name)(case)
     scoring = (clock() - started) / len(x)
-    count = q.COUNTS[options.methods] + (len(options.seeds) - 1) * (options.methods != "baselines")
+    count = q.COUNTS[options.methods] + 2 * (len(options.seeds) - 1) * (options.methods != "baselines")
     text = f"{rate:.0f} forward passes a second; the seven measures of a map take {scoring:.3f} s, "
     text += f"those of {count} methods on {options.images} images {count * options.images * scoring / 3600:.1f} h"
     if options.methods == "all" and q.RISE not in options.without:

@@ -41,7 +41,7 @@ REFINE = 10
 RISE_MASKS = 4000
 RISE = f"rise {RISE_MASKS}"
 HOST_FREE = ("center_gaussian", "edges", "random")
-COUNTS = {"own": 9, "baselines": 13, "core": 21, "all": 40}  # methods of a run with one seed; each further seed has one
+COUNTS = {"own": 9, "baselines": 13, "core": 21, "all": 40}  # methods of a run with one seed; each further seed has two
 ENOUGH_REACHED = 0.5  # share of a layer's grid that the logits must read for a class activation map
 
 

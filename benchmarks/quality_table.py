@@ -46,12 +46,12 @@ class Roles:
     """The fitted `ib` of each seed."""
     earlier: str
     """The one of the first seed that sits a stage before the default layer: without a rank beside it."""
-    refined: str
-    """The one of the first seed that is refined per image."""
+    refined: Sequence[str]
+    """The same, refined per image."""
     controls: Sequence[str]
     """Made from `ib` itself, so without a rank of their own."""
     costly: Sequence[str]
-    """What the refined one is held against."""
+    """What the refined ones are held against."""
     energy: str
     """The energy of the layer's own features, whose lattice is the measure of ours."""
 
@@ -100,7 +100,8 @@ def write(board: Leaderboard, roles: Roles, about: dict[str, Any], folder: Path)
     """Write table.md, table.json and cost_faithfulness.png into `folder`."""
     rows = with_gap(board.rows)
     table = list(board.run["settings"]["methods"])
-    ranked = [name for name in table if name not in (*roles.controls, *roles.seeds[1:], roles.earlier)]
+    repeated = (*roles.seeds[1:], *roles.refined[1:], roles.earlier)
+    ranked = [name for name in table if name not in (*roles.controls, *repeated)]
     shown = summarise(rows, [facts(name) for name in (*HEADS, "passes")], roles.best, methods=table)
     cost = {name: shown.cells[name, "passes"].mean for name in table}
     cheap = [name for name in ranked if cost[name] <= CHEAP]
@@ -216,7 +217,8 @@ def _pairs(roles: Roles, table: Sequence[str]) -> list[tuple[str, str]]:
     wanted = [(ib, roles.best) for ib in (*roles.seeds, roles.earlier)]
     wanted += [(first, name) for name in table if name.startswith("grad_cam ") and name != roles.best]
     wanted += [(first, control) for control in roles.controls]
-    wanted += [(roles.refined, other) for other in (first, *roles.costly)]
+    for fitted, refined in zip(roles.seeds, roles.refined, strict=True):
+        wanted += [(refined, other) for other in (roles.best, fitted, *roles.costly)]
     return [pair for pair in wanted if set(pair) <= set(table)]
 
 
