@@ -49,17 +49,16 @@ SHOWN = ("insertion - deletion", "degradation_10_steps", "road_3_shares", "energ
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", choices=quality.HOSTS, default="cnn")
-    parser.add_argument("--hosts", type=Path)
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--data", type=Path)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--part", type=lambda text: text.split(","), default=["amount", "rate", "refine"])
     parser.add_argument("--bf16", action="store_true")
+    quality.add_host_arguments(parser)
     options = parser.parse_args()
+    quality.check_host_arguments(parser, options)
     if unknown := set(options.part) - {"amount", "rate", "refine"}:
         parser.error(f"--part takes amount, rate and refine, got {', '.join(sorted(unknown))}")
     options.split = "train"
-    host, data = quality.reference(options) if options.host == "reference" else quality.synthetic(options)
+    host, data = quality.open_host(options)
     host = host.to(pick_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
     if options.bf16:
         quality.in_bf16(host)

@@ -81,7 +81,7 @@ class Data:
 
 def main() -> None:
     options = parse()
-    host, data = reference(options) if options.host == "reference" else synthetic(options)
+    host, data = open_host(options)
     # A sixth faster on a CPU, the same logits to 6 digits.
     host = host.to(pick_device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
     if options.bf16:
@@ -170,15 +170,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--without", type=lambda text: text.split(","), default=[], help="methods of all to leave out")
     parser.add_argument("--bf16", action="store_true", help="the host computes in bfloat16: twice as fast on some CPUs")
     parser.add_argument("--kept", type=Path, help="folder of finished runs and fits to go on from, and to add to")
+    add_host_arguments(parser)
+    options = parser.parse_args()
+    check_host_arguments(parser, options)
+    return options
+
+
+def add_host_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the hosts lie."""
     parser.add_argument("--hosts", type=Path, help="folder of swin, vit and mixer")
     parser.add_argument("--weights", type=Path, help="of the reference host")
     parser.add_argument("--data", type=Path, help="of the reference host")
-    options = parser.parse_args()
+
+
+def check_host_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse a host without its files."""
     if options.host == "reference" and not (options.weights and options.data):
         parser.error("the reference host needs --weights FILE and --data FOLDER")
     if options.host in ("swin", "vit", "mixer") and not options.hosts:
         parser.error(f"the host {options.host} needs --hosts FOLDER")
-    return options
 
 
 def in_bf16(host: nn.Module) -> None:
@@ -193,6 +203,11 @@ def in_bf16(host: nn.Module) -> None:
             return kind.forward(self, x).float()  # type: ignore[operator]
 
     host.__class__ = type(kind.__name__, (kind,), {"forward": lower})
+
+
+def open_host(options: argparse.Namespace) -> tuple[nn.Module, Data]:
+    """The host that was asked for, and its pictures."""
+    return reference(options) if options.host == "reference" else synthetic(options)
 
 
 def reference(options: argparse.Namespace) -> tuple[nn.Module, Data]:

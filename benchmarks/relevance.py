@@ -55,12 +55,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--shapley", type=int, default=8, help="images whose Shapley values are sampled")
     parser.add_argument("--orders", type=int, default=32)
-    parser.add_argument("--hosts", type=Path, help="folder of swin, vit and mixer")
-    parser.add_argument("--weights", type=Path, help="of the reference host")
-    parser.add_argument("--data", type=Path, help="of the reference host")
+    quality.add_host_arguments(parser)
     options = parser.parse_args()
+    quality.check_host_arguments(parser, options)
     options.split = "val"
-    host, data = quality.reference(options) if options.host == "reference" else quality.synthetic(options)
+    host, data = quality.open_host(options)
     host = host.to(memory_format=torch.channels_last)
     if options.host == "reference":
         quality.in_bf16(host)
