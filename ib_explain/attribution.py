@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from ib_explain.randomness import check_seed, seeded
 from ib_explain.refusals import refused_sizes_told
 from ib_explain.targets import Target, resolve_target, spread_target
 
-__all__ = ["as_maps", "attribute", "available_methods", "check_host", "method_runner", "run_method"]
+__all__ = ["as_maps", "attribute", "available_methods", "check_host", "is_method", "method_runner", "run_method"]
 
 
 def attribute(
@@ -49,7 +50,8 @@ def attribute(
             (B, C, H, W), whose channels are summed. Coarser grids, as of Captum's layer methods, are upsampled.
         layer: where the method looks; None for its own default.
         batch_size: images at a time; the maps do not depend on it.
-        seed: of everything random in the method, also of what a function of yours draws from the global generators.
+        seed: of everything random in the method, also of what a function of yours draws from the global generators; an
+            `IBAttention` has a seed of its own.
         show_progress: show how many images are done.
         **options: the chosen method's own; an unknown one is a TypeError that lists them.
 
@@ -60,7 +62,7 @@ def attribute(
         TypeError, ValueError, IndexError: in one line, what was expected and what came; a method whose maps hold NaN.
     """
     check_images(x, device=host_device(model))  # a TypeError for what is no model
-    if layer is not None and not isinstance(method, str) and not is_dataclass(method):
+    if layer is not None and not isinstance(method, str) and not is_method(method):
         raise TypeError(f"only registered methods take a layer here, got one for a {type(method).__name__}")
     check_host(method, model)
     run = method_runner(method, options)
@@ -117,9 +119,9 @@ def method_runner(method: Any, options: dict[str, Any]) -> Callable[[Call], Any]
         return entry(**take_options(options, known, f"method {method!r}"))
     if isinstance(method, type):
         raise TypeError(f"method must be an object, got the class {method.__name__}; make one of it first")
-    if is_dataclass(method):
+    if is_method(method):
         take_options(options, [], f"the given {type(method).__name__}")
-        return method  # type: ignore[return-value]
+        return method
     if hasattr(method, "attribute"):
         take = method.attribute
         known = sorted(_keywords(take) - {"inputs", "target"})
@@ -145,6 +147,14 @@ def method_runner(method: Any, options: dict[str, Any]) -> Callable[[Call], Any]
         "method must be a name, a fitted IBAttention, an object with attribute(inputs, target=...) or a function "
         f"f(model, x, target), got {type(method).__name__}"
     )
+
+
+def is_method(given: Any) -> bool:
+    """Whether it is an object of a method's dataclass, called with a `Call` alone; functions take three arguments."""
+    if not is_dataclass(given) or isinstance(given, type) or not callable(given):
+        return False
+    taken = inspect.signature(given).parameters.values()
+    return sum(one.default is one.empty and one.kind is not one.VAR_KEYWORD for one in taken) == 1
 
 
 @dataclass(frozen=True)
@@ -196,8 +206,6 @@ def check_host(method: Any, model: nn.Module) -> None:
 
 
 def _keywords(function: Callable[..., Any]) -> set[str]:
-    import inspect
-
     return {
         name
         for name, parameter in inspect.signature(function).parameters.items()

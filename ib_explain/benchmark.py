@@ -17,6 +17,7 @@ from ib_explain.checks import check_positive_int, did_you_mean
 from ib_explain.contenders import Contender, contenders_of
 from ib_explain.fitting import launched
 from ib_explain.gallery import draw_pictures
+from ib_explain.identity import Identity, is_ours
 from ib_explain.io import host_facts, versions
 from ib_explain.leaderboard import Leaderboard
 from ib_explain.lending import frozen, run_host
@@ -74,7 +75,8 @@ def benchmark(
         reference: the method that others are held against. "grad_cam" is the first Grad-CAM that takes part, under
             whatever name, and nobody where none does.
         target: the class that is explained and scored: the host's top-1 ("prediction"), or the data's ("label").
-        layer: where those methods look that look at a layer; None is each one's own default.
+        layer: where those registered methods look that look at a layer; None is each one's own default. An
+            `IBAttention` keeps the layer that it was made with.
         batch_size: rows of a forward pass at most; bounds the memory and changes no result. None is 32, or as many as
             a batch of the data holds.
         seed: of methods, metrics, the bootstrap, and the order of a shuffling loader.
@@ -115,7 +117,7 @@ def benchmark(
             "seed": seed,
             **({} if layer is None else {"layer": layer}),
             "methods": {contender.name: contender.facts for contender in contenders},
-            "metrics": {metric.name: _facts(metric) for metric in chosen},
+            "metrics": {metric.name: _facts(metric, host) for metric in chosen},
         }
         info = {
             "reference": reference,
@@ -240,12 +242,14 @@ def _model_facts(host: nn.Module, classes: int) -> dict[str, Any]:
     return {"name": facts["architecture"], "class": facts["class"], "classes": classes, **digests}
 
 
-def _facts(metric: Metric) -> dict[str, Any]:
+def _facts(metric: Metric, host: nn.Module) -> dict[str, Any]:
     """What run.json says of a metric; the first four are what tables show."""
     facts: dict[str, Any] = {"family": metric.family, "unit": metric.unit, "higher_is_better": metric.higher_is_better}
     facts["protocol"] = (metric.__doc__ or "").strip().split("\n")[0]
     if metric.derived:
         facts["derived"] = True
+    if not is_ours(metric.score):
+        facts["code"] = Identity(host).code(metric.score)
     return facts | dict(CONVENTIONS.get(metric.name, {}))
 
 

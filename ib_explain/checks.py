@@ -74,7 +74,8 @@ def check_images(
     if device is not None and x.device != device:
         raise ValueError(f"{name} is on {x.device} but the model is on {device}; move it with {name}.to('{device}')")
     if x.is_inference() and not inference:
-        raise ValueError(f"{name} came from torch.inference_mode() and cannot be differentiated; pass {name}.clone()")
+        told = f"{name} came from torch.inference_mode() and cannot be differentiated"
+        raise ValueError(f"{told}; pass a {name}.clone() made outside of it")
     _check_finite(x, name)
     return x
 

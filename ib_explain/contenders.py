@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ib_explain.attribution import as_maps, check_host, method_runner, run_method
+from ib_explain.attribution import as_maps, check_host, is_method, method_runner, run_method
 from ib_explain.facts import with_fresh_facts
 from ib_explain.ib import OUTPUTS, IBAttention
+from ib_explain.identity import Identity, is_ours
 from ib_explain.lending import frozen
 from ib_explain.methods import METHODS
 from ib_explain.methods.base import Call, NotApplicable
@@ -114,14 +113,15 @@ def _contender(name: Any, given: Any, model: nn.Module) -> Contender:
             raise TypeError(f"a method with options must be (method, dict of options), got {given!r}")
         method, options = given[0], dict(given[1])
     layer = options.pop("layer", None)
-    if layer is not None and not isinstance(method, str) and not is_dataclass(method):
+    if layer is not None and not isinstance(method, str) and not is_method(method):
         raise TypeError(f"only registered methods take a layer here, got one for {_called(method)}")
     check_host(method, model)
     run = method_runner(method, options)
     if isinstance(method, IBAttention):
         method.check_options(**{key: value for key, value in options.items() if key in ("refine", "output")})
-    facts = _facts(method, run, options)
-    label, told = _called(method), {key: value for key, value in options.items() if _is_short(value)}
+    facts = _facts(method, run, options, model)
+    plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in options.items()}
+    label, told = _called(method), {key: value for key, value in plain.items() if _is_short(value)}
     if isinstance(layer, str):
         find_module(unwrap(model), layer)
     if layer is not None:
@@ -161,71 +161,18 @@ def _called(method: Any) -> str:
     return "function" if own == "<lambda>" else str(own)
 
 
-def _facts(method: Any, run: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(method: Any, run: Any, options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """What decides a method's maps, for run.json."""
+    of = Identity(model)
+    chosen = {key: of.value(value) for key, value in options.items()}
     if isinstance(method, IBAttention):
-        facts: dict[str, Any] = {"method": "IBAttention", "fitted": method.fitted, "gate": method.gate}
-        layer = method.layer_name if method.fitted else method.asked_layer  # its first use settles the default
-        facts |= {"layer": layer, "reads": method.reads, "seed": method.seed}
-        if method.fitted:
-            state = method.bottleneck.state_dict()
-            facts["weights"] = _digest([*state.values()])
-        return facts | {key: _plain(value) for key, value in options.items()}
-    if is_dataclass(run) and not isinstance(run, type):  # a registered method, or one like it
-        held = {field.name: _plain(getattr(run, field.name)) for field in fields(run)}
-        written = getattr(run, "function", type(run))  # by `register_method` on a function or a class
-        source = {} if written.__module__.startswith("ib_explain.") else _source(written)
-        return {"method": _called(run), **held, **source}
-    return {**_code_facts(method), **{key: _plain(value) for key, value in options.items()}}
-
-
-def _code_facts(method: Any) -> dict[str, Any]:
-    """What tells a function or an object of the user's from another version of it: its source, and what it holds."""
-    if isinstance(method, functools.partial):
-        held = {"args": _plain(method.args), "keywords": _plain(method.keywords)}
-        return {**_code_facts(method.func), **{key: value for key, value in held.items() if value}}
-    own = method if hasattr(method, "__qualname__") else type(method)
-    facts: dict[str, Any] = {"method": f"{own.__module__}.{own.__qualname__}", **_source(own)}
-    if closure := getattr(method, "__closure__", None):
-        facts["closure"] = [_plain(value) for cell in closure if (value := _content(cell)) is not method]
-    if own is not method and (state := getattr(method, "__dict__", None)):
-        facts["holds"] = {key: _plain(value) for key, value in sorted(state.items())}
-    return facts
-
-
-def _source(code: Any) -> dict[str, str]:
-    try:
-        return {"source": hashlib.blake2b(inspect.getsource(code).encode(), digest_size=8).hexdigest()}
-    except (OSError, TypeError):  # there is none: built in, compiled, or typed at a bare prompt
-        return {}
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON can hold it; tensors by shape and digest, other objects by their type."""
-    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    if isinstance(value, Tensor):
-        return {"shape": list(value.shape), "digest": _digest([value])}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return str(value)
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _digest(tensors: Iterable[Any]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for tensor in tensors:
-        digest.update(torch.as_tensor(tensor, device="cpu").detach().contiguous().double().numpy().tobytes())
-    return digest.hexdigest()
+        return of.bottleneck(method) | chosen
+    if not is_method(run):
+        return of.code(method) | chosen
+    held = {field.name: of.value(getattr(run, field.name)) for field in fields(run)}
+    written = getattr(run, "function", type(run))  # by `register_method` on a function or a class
+    code = {} if is_ours(written) else of.code(written)
+    return code | {"method": _called(run)} | held
 
 
 def _is_short(value: Any) -> bool:

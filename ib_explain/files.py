@@ -81,6 +81,8 @@ def check_replaceable(path: str | Path, ours: Collection[str]) -> None:
         OSError: the place cannot be written to.
     """
     path = Path(path)
+    if path.resolve() == Path.cwd():
+        raise FileExistsError(f"{path} is the current folder, which cannot be replaced; name one in it")
     if path.is_dir():
         for other in sorted(path.iterdir()):
             if other.name not in ours or not other.is_file():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ib_explain.modules import unwrap
 
-__all__ = ["class_names", "input_size_of", "load_host", "pick_device", "timm_config", "timm_data_config"]
+__all__ = ["channels_of", "class_names", "input_size_of", "load_host", "pick_device", "timm_config", "timm_data_config"]
 
 
 def load_host(
@@ -97,10 +97,18 @@ def timm_config(model: nn.Module) -> dict[str, Any]:
     return dict(config)
 
 
+def channels_of(model: nn.Module) -> int | None:
+    """How many channels the host's images have, where it is timm's; another one's first pass has to tell."""
+    return input_size_of(model)[0] if timm_config(unwrap(model)) else None
+
+
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) from the host's own data config (timm), else (3, 224, 224)."""
+    """(C, H, W) from the host's own data config (timm), else 224 px and the channels of its first convolution, or 3."""
     host = unwrap(model)
     config = timm_config(host)
+    if not config:
+        first_conv = next((m for m in host.modules() if isinstance(m, nn.Conv2d) and m.groups == 1), None)
+        return 3 if first_conv is None else first_conv.in_channels, 224, 224
     size = config.get("input_size") or (3, 224, 224)
     # timm keeps three channels in it when a model is made with in_chans=1 or 6. The first convolution knows better,
     # unless squares of pixels were folded into channels before it (4 x 4 of them in TResNet).

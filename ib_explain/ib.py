@@ -43,6 +43,7 @@ from ib_explain.fitting import (
     train,
 )
 from ib_explain.hooks import LayerError, capture, replace_output
+from ib_explain.hosts import channels_of
 from ib_explain.io import FILES, FORMAT, data_config, fingerprint, host_facts, read_folder, versions, write_folder
 from ib_explain.lattice import attention_without_lattice, without_lattice
 from ib_explain.layouts import Layout, LayoutChanged
@@ -53,10 +54,10 @@ from ib_explain.modules import find_module, host_device, host_dtype, module_name
 from ib_explain.observation import Observation, observe
 from ib_explain.per_image import REFINING_LR, PerImageSettings, mask_pairs, optimise
 from ib_explain.places import Place, find_place
-from ib_explain.randomness import check_seed, generator_of, normal
+from ib_explain.randomness import check_seed, generator_of, normal, random_state_kept
 from ib_explain.reference import reference_statistics
 from ib_explain.sites import Site, input_size_of
-from ib_explain.targets import Target, class_rows
+from ib_explain.targets import Target, class_rows, spread_target
 from ib_explain.training import FitSettings
 
 __all__ = ["OUTPUTS", "IBAttention", "check_output"]
@@ -256,7 +257,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             share = Share(accelerator.process_index, accelerator.num_processes)
             batches = Batches(data, self.seed, share, labelled=objective == "label")
             first, _ = next(batches.first(1))
-            check_images(first, name="images from data", channels=input_size_of(host)[0])
+            check_images(first, name="images from data", channels=channels_of(host))
             place = with_fresh_facts(host, lambda: self._find_place(host, first))
             self._check_place(place)
             by_default = max(100, round(DEFAULT_IMAGES[self.reads] / (len(first) * batches.share.world)))
@@ -412,7 +413,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         attention = None if attention is None else _as_attention(attention)
         if attention is None:
             self._check_weights()
-        with frozen(self.forward_func) as host:
+        with frozen(self.forward_func, random_state=False) as host:
             if self.layer_name is None:  # by the host's own size; of other images it is found when they come
                 with contextlib.suppress(LayerError, ValueError):
                     self._settle(find_place(host, None, input_size_of(host)))
@@ -422,9 +423,10 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 if not inputs or named:
                     got = f"{len(inputs)} and by name {', '.join(named) or 'none'}"
                     raise TypeError(f"call the restricted model with positional arguments, images first; got {got}")
-                check_images(inputs[0], channels=input_size_of(host)[0], device=host_device(host), inference=True)
+                check_images(inputs[0], channels=channels_of(host), device=host_device(host), inference=True)
                 args = HostArgs.of(tuple(inputs[1:]), len(inputs[0]))
-                plan[:] = [self._plan(host, inputs[0], target, args, attention)]
+                with random_state_kept(host_device(host)):
+                    plan[:] = [self._plan(host, inputs[0], target, args, attention)]
 
             def edit(output: Any) -> Any:
                 restriction, seen, layout, value = plan[0]
@@ -479,7 +481,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             classes, others = config.get("classes"), getattr(unwrap(model), "num_classes", None)
             more = f" ({classes} classes there, {others} here)" if classes and others and classes != others else ""
             raise ValueError(f"{path} was fitted to a {names}: its parameters have other names or shapes{more}")
-        if fitted_to["weights"] != given["weights"]:
+        # Rounded to another precision the same weights cannot be compared.
+        if fitted_to["weights"] != given["weights"] and fitted_to.get("precision") == given["precision"]:
             told = (
                 f"{path} was fitted to a {fitted_to['architecture']} with other weights; fit again for bits that hold"
             )
@@ -683,8 +686,15 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         fitted: bool,
         reference: Tensor | None = None,
     ) -> Tensor:
-        check_images(x, name="inputs", channels=input_size_of(self.host)[0], device=host_device(self.host))
+        check_images(x, name="inputs", channels=channels_of(self.host), device=host_device(self.host))
         args = HostArgs.of(additional, len(x))
+        if not fitted and args.differ():  # the statistics are those of the features under an image's own arguments
+            classes = [None] * len(x) if target is None else [*spread_target(target, len(x)).split(1)]
+            parts = [
+                self._maps(x[i : i + 1], classes[i], args.row(i), settings, output, fitted=False, reference=reference)
+                for i in range(len(x))
+            ]
+            return torch.cat(parts)
         if fitted:
             self._check_weights()
         with frozen(self.forward_func) as host, torch.no_grad():
@@ -721,6 +731,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         """The fitted restriction, or one whose statistics come from reference images, never from the explained ones."""
         if reference is None and self.fitted:
             return self.bottleneck.restriction
+        if isinstance(args, HostArgs) and args.differ():
+            raise ValueError("without a fit all images must have the same further arguments, got different ones")
         found = reference_statistics(host, place.site, reference, per_element=self.per_element, args=args)
         check_varies(place.site.name, found.varies, found.moments.count)
         return Restriction(self.gate, found.moments, found.side).to(host_device(host)).requires_grad_(False)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ib_explain.hosts import timm_config
 from ib_explain.layouts import Layout
-from ib_explain.modules import unwrap
+from ib_explain.modules import host_dtype, unwrap
 
 __all__ = ["CONFIG", "FILES", "FORMAT", "data_config", "fingerprint", "host_facts", "layout_from_json", "read_folder"]
 __all__ += ["versions", "write_folder"]
@@ -49,7 +49,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, json.JSONDecodeError, RecursionError, UnicodeDecodeError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         got = config.get("format") if isinstance(config, dict) else type(config).__name__
@@ -60,7 +60,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError(f"{folder} is damaged: its {CONFIG} has {what}"[:300])
     if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"{folder} is damaged: {broken[0]} in {WEIGHTS} has NaN or infinite values")
-    if broken := [name for name, tensor in tensors.items() if name.endswith(".std") and not (tensor > 0).all()]:
+    deviations = [(name, tensor) for name, tensor in tensors.items() if name.endswith(".std")]
+    if broken := [name for name, tensor in deviations if tensor.is_complex() or not (tensor > 0).all()]:
         raise ValueError(f"{folder} is damaged: {broken[0]} in {WEIGHTS} must be above 0")
     if config.get("digest") != _folder_digest(folder / WEIGHTS, config):
         raise ValueError(f"{folder} is damaged: {WEIGHTS} or {CONFIG} was changed since they were written together")
@@ -103,18 +104,19 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
 
 
 def host_facts(model: nn.Module) -> dict[str, Any]:
-    """What tells a host from another: class, timm's architecture name, classes, shape and weights fingerprints."""
+    """What tells a host from another: class, timm's architecture name, shape and weights fingerprints, precision."""
     host = unwrap(model)
     return {
         "class": type(host).__name__,
         "architecture": timm_config(host).get("architecture") or type(host).__name__,
         "structure": _digest(f"{key}{tuple(t.shape)}" for key, t in _tensors(host).items()),
         "weights": fingerprint(host),
+        "precision": str(host_dtype(host)).removeprefix("torch."),
     }
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of the host's weights: up to 1,024 evenly spaced values of every parameter and buffer."""
+    """A digest of the host's weights: all values of a parameter or buffer, of a large one 1,024 or a few more."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in _tensors(unwrap(model)).items():
         tensor = tensor.detach()

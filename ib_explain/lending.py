@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ib_explain.hooks import ours, registered, uninterrupted
 from ib_explain.modules import host_device, host_dtype, unwrap
+from ib_explain.randomness import random_state_kept
 
 __all__ = ["HostArgs", "Unfit", "frozen", "lacks_memory", "outside_inference_mode", "run_host"]
 
@@ -28,13 +29,14 @@ _WRITES: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary(
 
 
 @contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[nn.Module]:
+def frozen(model: nn.Module, *, random_state: bool = True) -> Iterator[nn.Module]:
     """Lend the unwrapped host in eval mode, without parameter gradients, run eagerly; hand it back as it came.
 
     Inside, a host that writes into its images gets copies, gradients can be had under the caller's
     `torch.inference_mode()` too, gradient checkpointing (timm's) is off, since it runs stages without calling them, and
     other threads that want the host wait. Restored at every exit: each module's own flags, each parameter's
-    `requires_grad`, and the random state of the CPU and of the host's GPU.
+    `requires_grad`, and the random state of the CPU and of the host's GPU, unless the user draws inside
+    (`random_state=False`).
 
     Raises:
         TypeError: see `unwrap`.
@@ -49,8 +51,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         checkpointing = [(m, flag) for m in model.modules() if (flag := m.__dict__.get(CHECKPOINTING))]
         compiled = [(m, m._compiled_call_impl) for m in model.modules() if getattr(m, "_compiled_call_impl", None)]
-        device = host_device(model)
-        inside.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        if random_state:
+            inside.enter_context(random_state_kept(host_device(model)))
         inside.enter_context(_eagerly())
         inside.enter_context(outside_inference_mode())
         inside.enter_context(_images_spared(model))
@@ -90,24 +92,27 @@ def outside_inference_mode() -> Iterator[None]:
 @contextlib.contextmanager
 def _images_spared(host: nn.Module) -> Iterator[None]:
     """Give the host copies of its images, unless it was seen to leave them as they are."""
-    given: list[tuple[Tensor, int]] = []  # what the running pass got, and its version then
+    # What the running pass got, its version then, and what it was copied from, if it was.
+    given: list[tuple[Tensor, int, Tensor | None]] = []
 
     def before(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not (inputs and isinstance(inputs[0], Tensor)):
             return None
-        x = inputs[0]
+        x, spared = inputs[0], None
         if _WRITES.get(host) is not False:
-            x = x.clone()
+            x, spared = x.clone(), x
         if not x.is_inference():  # such a tensor has no version
-            given[:] = [(x, x._version)]
+            given[:] = [(x, x._version, spared)]
         return (x, *inputs[1:])
 
     def after(_module: nn.Module, _inputs: Any, _output: Any) -> None:
         if given:
-            x, version = given.pop()
+            x, version, spared = given.pop()
+            # What is written through `.data` shows in the values alone: they are compared in the first pass.
+            hidden = host not in _WRITES and spared is not None and not torch.equal(x, spared)
             # Looked at in every pass: noise may leave a branch untaken that the user's images take. Those of the first
             # such pass are written to, as by a call of the host itself.
-            _WRITES[host] = _WRITES.get(host, False) or x._version != version
+            _WRITES[host] = _WRITES.get(host, False) or hidden or x._version != version
 
     with registered(
         lambda: host.register_forward_pre_hook(ours(before), prepend=True),
@@ -143,11 +148,21 @@ class HostArgs(tuple[Any, ...]):
         args.batch = batch
         return args
 
+    def differ(self) -> bool:
+        """Whether the images have different ones."""
+        return any(bool((a != a[:1]).any()) for a in self if self._follows(a))
+
+    def row(self, image: int) -> HostArgs:
+        """Those of one image alone."""
+        return HostArgs.of(tuple(a[image : image + 1] if self._follows(a) else a for a in self), 1)
+
     def rows(self, count: int) -> tuple[Any, ...]:
         if count == self.batch:
             return tuple(self)
-        follows = [isinstance(a, Tensor) and a.ndim > 0 and len(a) == self.batch for a in self]
-        return tuple(a[:1].expand(count, *a.shape[1:]) if f else a for a, f in zip(self, follows, strict=True))
+        return tuple(a[:1].expand(count, *a.shape[1:]) if self._follows(a) else a for a in self)
+
+    def _follows(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == self.batch
 
 
 def lacks_memory(error: Exception) -> bool:
@@ -161,7 +176,7 @@ def lacks_memory(error: Exception) -> bool:
 
 
 # torch's own words where images do not fit a layer; an error of the host's own is left as it is.
-OTHER_CHANNELS = re.compile(r"expected input.* to have \d+ channels, but got (\d+) channels")
+OTHER_CHANNELS = re.compile(r"expected input.* to have (\d+) channels, but got (\d+) channels")
 OTHER_DTYPE = re.compile(r"dtype|Input type|scalar type|data ?type")
 
 
@@ -178,8 +193,8 @@ def run_host(model: nn.Module, x: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
         if x.dtype != host_dtype(model) and OTHER_DTYPE.search(str(error)):
             raise TypeError(f"images must be {host_dtype(model)} as the model is, got {x.dtype}: {error}") from error
         refused = OTHER_CHANNELS.search(str(error))
-        if refused and int(refused[1]) == x.shape[1]:
-            raise Unfit(f"the model refuses images of {x.shape[1]} channels: {error}") from error
+        if refused and int(refused[2]) == x.shape[1]:
+            raise Unfit(f"the model's images must have {refused[1]} channels, got {refused[2]}: {error}") from error
         raise
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

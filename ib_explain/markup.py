@@ -127,11 +127,12 @@ def named(name: str) -> str:
     return escape(name).replace("_", "_<wbr>")
 
 
-def image(picture: Picture, alt: str = "") -> str:
-    """The picture itself, its size known before it is decoded."""
+def image(picture: Picture, alt: str = "", *, least: float = 0) -> str:
+    """The picture itself, its size known before it is decoded; never narrower than a share of its pixels."""
     width, height = picture.size
     words = escape(alt or picture.alt or picture.caption)
-    return f'<img src="{uri(picture)}" alt="{words}" width="{width}" height="{height}">'
+    style = f' style="min-width:{round(least * width)}px"' if least else ""
+    return f'<img src="{uri(picture)}" alt="{words}" width="{width}" height="{height}"{style}>'
 
 
 def uri(picture: Picture) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ib_explain.contenders import Contender
 from ib_explain.guard import HostChanged
+from ib_explain.identity import is_ours
 from ib_explain.lending import lacks_memory
 from ib_explain.methods.base import NotApplicable
 from ib_explain.metrics import Case, Curve, Metric, centred_gaussian
@@ -120,8 +121,8 @@ class Measure:
         found = {}
         for metric in metrics:
             count, given = _measured(metric, len(x)), small if metric.family == "cost" else case
-            if not str(metric.score.__module__).startswith("ib_explain."):  # a user's may write into its maps
-                given = given.with_maps(maps[: len(given.probe.x)].clone(), explain)
+            if not is_ours(metric.score):  # a user's may write into what it is given
+                given = given.spared()
             try:
                 values = metric(given)
                 if tuple(values.shape) != (count,):
@@ -142,6 +143,7 @@ class Measure:
         """The batch on the host's device, with no maps yet."""
         self._check_labels(batch)
         x = on_host(batch.x, self.host)
+        x = x.clone() if x is batch.x else x  # the user's, which may be read again
 
         def here(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.to(x.device)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["check_seed", "generator_of", "normal", "own_generator_seeded", "seeded", "uniform"]
+__all__ = ["check_seed", "generator_of", "normal", "own_generators_seeded", "random_state_kept", "seeded"]
+__all__ += ["uniform"]
 
 
 def check_seed(seed: Any) -> int:
@@ -36,6 +37,11 @@ def uniform(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.rand(shape, dtype=torch.float32, generator=generator, device=generator.device)
 
 
+def random_state_kept(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Put torch's random state of the CPU, and of this device if it is a GPU, back at the end."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's random numbers, and put their states back at the end."""
@@ -58,15 +64,16 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def own_generator_seeded(loader: Any, seed: int) -> Iterator[None]:
-    """Seed the generator that a DataLoader was given, if it was given one, and put its state back at the end."""
-    generator = getattr(loader, "generator", None)
-    if not isinstance(generator, torch.Generator):
-        yield
-        return
-    state = generator.get_state()
+def own_generators_seeded(loader: Any, seed: int) -> Iterator[None]:
+    """Seed the generators that a DataLoader and its samplers were given, and put their states back at the end."""
+    batches = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    given = [getattr(holder, "generator", None) for holder in holders]
+    states = {g: g.get_state() for g in given if isinstance(g, torch.Generator)}  # one that several hold counts once
     try:
-        generator.manual_seed(seed % 2**63)
+        for generator in states:
+            generator.manual_seed(seed % 2**63)
         yield
     finally:
-        generator.set_state(state)
+        for generator, state in states.items():
+            generator.set_state(state)

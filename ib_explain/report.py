@@ -29,6 +29,7 @@ from ib_explain.tables import shown_score as score_of
 
 __all__ = ["case_metric", "report_html", "write_report"]
 
+SHEET_SCALE = 0.75  # of a sheet's pixels at least, whatever the page's width: with 30 methods it scrolls
 DIGESTED = ("batches", "first_batch", "names", "structure", "weights")  # tell runs apart, and a reader nothing
 
 
@@ -269,7 +270,7 @@ def _plots(drawn: Sequence[Plot]) -> str:
 def _sheets(sheets: Sequence[Picture]) -> str:
     return "".join(
         f'<figure><div class="scroll sheet" role="region" tabindex="0" aria-label="{escape(sheet.caption)}">'
-        f"{image(sheet)}</div><figcaption>{escape(sheet.caption)}</figcaption></figure>\n"
+        f"{image(sheet, least=SHEET_SCALE)}</div><figcaption>{escape(sheet.caption)}</figcaption></figure>\n"
         for sheet in sheets
     )
 

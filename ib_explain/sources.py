@@ -15,7 +15,7 @@ from ib_explain.data.images import images_of
 from ib_explain.data.loaders import has_plan, with_plan
 from ib_explain.data.preprocessing import Preprocess
 from ib_explain.data.synthetic import Synthetic
-from ib_explain.randomness import generator_of, own_generator_seeded, seeded
+from ib_explain.randomness import generator_of, own_generators_seeded, seeded
 from ib_explain.rows import one_line
 from ib_explain.samples import TRUTHS, ImageBatch, join, parts_of, truths_of
 
@@ -112,8 +112,11 @@ class Source:
         data = self.data if self.loader is None else self.loader.dataset
         while isinstance(data, Subset):
             data = data.dataset
-        facts: dict[str, Any] = {"name": type(data).__name__, "images": None}
-        facts["images"] = self.limit if self.sizes is None else sum(self.sizes)
+        facts: dict[str, Any] = {"name": type(data).__name__}
+        if self.sizes is not None:
+            facts["images"] = sum(self.sizes)
+        elif self.limit is not None:
+            facts["at_most"] = self.limit
         facts["input"] = list(self.first.x.shape[1:])
         how = getattr(data, "preprocess", None) or getattr(data, "transform", None)
         if isinstance(how, Preprocess):
@@ -162,7 +165,7 @@ class Source:
 
     def _plan(self, loader: DataLoader[Any]) -> list[list[int]]:
         """Places in the data set of each batch's images, cut to as many as are wanted."""
-        with seeded(self.seed), own_generator_seeded(loader, self.seed):
+        with seeded(self.seed), own_generators_seeded(loader, self.seed):
             plan = [list(group) for group in loader.batch_sampler]  # type: ignore[union-attr]
         total = sum(map(len, plan))
         if self.limit is None or self.limit >= total:
@@ -199,7 +202,7 @@ class Source:
             yield self.first
             number, done = 1, len(self.first.images)
         # A shuffling loader has the same order whenever it is read.
-        with seeded(self.seed), own_generator_seeded(self.data, self.seed):
+        with seeded(self.seed), own_generators_seeded(self.data, self.seed):
             for raw in raw_batches:
                 if self.limit is not None and done >= self.limit:
                     return

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,14 @@ from ib_explain.figures import LIGHT, Plot
 from ib_explain.ib import IBAttention
 from ib_explain.methods.grad_cam import GradCAM
 from ib_explain.metrics import (
+    METRICS,
     auc_shuffled,
     deletion,
     energy_inside,
     information_gain,
     insertion,
     other_fixations,
+    register_metric,
     sparsity_max_over_mean,
 )
 from ib_explain.pictures import Pictures
@@ -216,6 +219,36 @@ def test_another_version_of_a_function_or_object_is_another_method(host, x, tmp_
             measure(host, [x], {"mine": make(-1.0)}, out=out)
 
 
+def test_a_dataclass_of_a_users_is_a_function_by_its_three_arguments(host, x):
+    @dataclass
+    class Scaled:
+        power: float = 1.0
+
+        def __call__(self, model, x, target):
+            return x.mean(1).abs() ** self.power
+
+    assert torch.equal(ibx.attribute(host, x, method=Scaled(2.0)), x.mean(1, keepdim=True).abs() ** 2)
+    board = measure(host, [x], [Scaled(2.0), GradCAM()])
+    assert {row.status for row in board.rows} == {"ok"}
+    assert set(board.summary.methods) == {"Scaled", "grad_cam"}
+
+
+def test_a_metric_that_writes_into_what_it_is_given_spoils_nothing(host, x, monkeypatch):
+    monkeypatch.setattr(METRICS, "_entries", dict(METRICS._entries))
+
+    @register_metric("dimmer", family="perturbation", unit="1", higher_is_better=True)
+    def dimmer(case):
+        case.maps.zero_()
+        return case.x.mul_(0).sum(dim=(1, 2, 3))
+
+    plain = measure(host, [x.clone()], ["edges", "random"], ["deletion"])
+    given = x.clone()
+    board = measure(host, [given], ["edges", "random"], ["dimmer", "deletion"])
+    assert torch.equal(given, x)
+    for method in ("edges", "random"):
+        assert torch.equal(values(board, method, "deletion"), values(plain, method, "deletion"))
+
+
 def test_the_reference_is_that_of_the_last_start(host, x, tmp_path):
     def board(**options):
         return measure(host, [x], ["edges", "random"], out=tmp_path / "run", **options)
@@ -359,7 +392,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     words = ["benchmark", "test_resnet", "--input-size", "64", "--num-classes", "5", "--device", "cpu"]
     words += ["--data", str(tmp_path), "--split", "val", "--workers", "0", "--out", str(tmp_path / "out")]
 
-    def run(*more):
+    def run(*more, words=words):
         torch.manual_seed(0)  # the weights
         code = main([*words, *more])
         return code, capsys.readouterr()
@@ -381,6 +414,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     ):
         code, said = run(*more)
         assert code == 2 and message in said.err.splitlines()[-1], said.err
+    code, said = run("--gaze", str(tmp_path), "--split", "val", words=words[:8])
+    assert code == 2 and "--split goes with --data, not with --gaze" in said.err.splitlines()[-1]
 
 
 def test_an_object_of_captums_is_held_to_the_model_it_was_made_for(host):

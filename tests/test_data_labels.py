@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from ib_explain.data.boxes import BoxImages, read_boxes
 from ib_explain.data.gaze import GazeImages, read_fixations
 from ib_explain.data.images import images_of, open_dataset
+from ib_explain.data.preprocessing import Placement
 from ib_explain.metrics.ground_truth import boxes_to_masks
 from tests.pictures import picture, plain, save, two_splits
 
@@ -146,6 +147,32 @@ def test_gaze_mistakes(gaze):
         table.write_text(text)
         with pytest.raises(ValueError, match=message):
             GazeImages(gaze, plain((20, 20)))
+
+
+def test_gaze_without_a_point(gaze):
+    (gaze / "fixations.csv").write_text("image,x,y\n")
+    dataset = GazeImages(gaze, plain((20, 20)))
+    assert dataset.dropped_share == 0 and dataset[0].fixations.shape == (0, 2)
+
+
+def test_tables_from_spreadsheets(tmp_path):
+    table = tmp_path / "b.csv"
+    table.write_text("file,xmin,ymin,xmax,ymax\ncafé.png,1,2,3,4\n\n", encoding="utf-8-sig")
+    assert read_boxes(table)["café.png"].tolist() == [[1, 2, 3, 4]]
+    for content, message in (
+        ("file,xmin,ymin,xmax,ymax\ncafé.png,1,2,3,4\n".encode("latin-1"), "must be a table in UTF-8 text: .*0xe9"),
+        (b"file,xmin,ymin,xmax,ymax\na.png,1,2,3\n", r"b\.csv, line 2: nothing stands under ymax"),
+    ):
+        table.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_boxes(table)
+
+
+def test_whole_numbers_move_like_fractions():
+    place = Placement((100, 128), (64, 64), 0, 0, (64, 64))
+    for move, given in ((place.boxes, [[10, 10, 60, 60]]), (place.points, [[10, 10]])):
+        for whole, fraction in zip(move(torch.tensor(given)), move(torch.tensor(given).float()), strict=True):
+            assert torch.equal(whole, fraction)
 
 
 def test_gaze_maps_must_fit(gaze):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from ib_explain.bottleneck.attention import AttentionNetwork
 from ib_explain.data.synthetic import Synthetic, demo_host
@@ -306,12 +306,6 @@ def test_resuming_ends_at_the_weights_of_an_uninterrupted_run(tmp_path, kind):
     class Stopped(Exception):
         pass
 
-    def stopping(count):
-        for seen, batch in enumerate(loader()):
-            if seen == count:
-                raise Stopped
-            yield batch
-
     class Stops:
         def __init__(self):
             self.epochs = 0
@@ -331,6 +325,15 @@ def test_resuming_ends_at_the_weights_of_an_uninterrupted_run(tmp_path, kind):
         fit(Stops(), steps=11, checkpoint=folder, every=2, **options)
     resumed = fit(loader(), steps=11, checkpoint=folder, every=2, resume=True, **options)
     assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+def test_a_samplers_own_generator_starts_anew_with_each_fit_and_is_left_as_it_was():
+    generator, data = torch.Generator().manual_seed(5), TensorDataset(images(24))
+    loader = DataLoader(data, batch_size=8, sampler=RandomSampler(data, generator=generator))
+    before = generator.get_state()
+    one, again = (weights(fit(loader, steps=5)) for _ in "12")
+    assert_equal(one, again, rtol=0, atol=0)
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_an_error_puts_the_random_state_back_at_once():

@@ -354,6 +354,23 @@ class TestCaptum:
         assert plain.shape == (2, 1, 24, 24)
         torch.testing.assert_close(row_for_row, plain)
 
+    def test_arguments_of_each_image_are_its_own(self):
+        class Shifted(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.host = tiny()
+
+            def forward(self, x, shift):
+                return self.host(x + shift[:, None, None, None])
+
+        ib, x, shift = IBAttention(Shifted(), "host.stages.1"), images(3), torch.tensor([0.0, 1.0, 3.0])
+        together = ib.attribute(x, [0, 1, 2], shift)
+        for i in range(3):
+            alone = ib.attribute(x[i : i + 1], i, shift[i : i + 1])
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+        with ib.restrict(0.5) as restricted, pytest.raises(ValueError, match="same further arguments"):
+            restricted(x, shift)
+
     def test_pickles_and_copies(self, cnn):
         ib, _ = cnn
         x = images(2)

@@ -62,6 +62,17 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"inference_mode\(\).*clone"):
             cnn[0].attribute(x)
 
+    @pytest.mark.parametrize("channels", [1, 4])
+    def test_other_channels_of_a_host_that_timm_did_not_make(self, channels):
+        host = tiny()
+        host.stem = torch.nn.Conv2d(channels, 8, 3, padding=1, stride=2)
+        x = images(2)[:, :1].expand(-1, channels, -1, -1)
+        assert ibx.attribute(host, x, layer="stages.1").shape == (2, 1, 24, 24)
+        ib = IBAttention(host, "stages.1").fit([x] * 2, steps=1, show_progress=False)
+        assert ib.attribute(x).shape == (2, 1, 24, 24)
+        with pytest.raises(ValueError, match="channels"):
+            ib.attribute(images(2)[:, :2])
+
     def test_a_device_other_than_the_models(self, cnn):
         with pytest.raises(ValueError, match=r"is on meta but the model is on cpu"):
             cnn[0].attribute(images(2).to("meta"))

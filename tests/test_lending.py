@@ -61,6 +61,18 @@ class TestFrozen:
             assert host(loud).max() < 1
         assert loud.min() == 200
 
+    def test_a_host_that_writes_behind_autograds_back_gets_copies(self) -> None:
+        class Scaling(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                x.data.mul_(0.5)
+                return x.mean(dim=(2, 3))
+
+        host, x = Scaling(), torch.ones(1, 3, 4, 4)
+        with frozen(host), torch.no_grad():
+            for _ in range(3):
+                assert host(x).max() == 0.5
+        assert x.min() == 1
+
     def test_gradient_checkpointing_is_off_and_comes_back_from_nested_and_failing_ones(self) -> None:
         host = nn.Sequential(nn.Linear(2, 2))
         host[0].grad_checkpointing = True

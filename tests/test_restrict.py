@@ -38,6 +38,16 @@ class TestRestrict:
         assert_same(before, facts(host))
         assert torch.equal(host(images(2)), plain)
 
+    def test_the_users_own_random_numbers_go_on(self, cnn):
+        ib, host = cnn
+        torch.manual_seed(0)
+        expected = torch.rand(2, 3)
+        torch.manual_seed(0)
+        for row in expected:
+            with ib.restrict() as restricted:
+                restricted(images(2))
+                assert torch.equal(torch.rand(3), row)
+
     def test_unfitted_needs_an_attention(self):
         ib = IBAttention(tiny(), "stages.1")
         with pytest.raises(RuntimeError, match="not fitted"), ib.restrict():

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
+import ib_explain as ibx
 from ib_explain.data import Synthetic
 from ib_explain.data.boxes import BoxBatch
 from ib_explain.sources import Source
@@ -73,6 +83,25 @@ def test_a_generator_of_the_loaders_own_is_left_as_it_was(x):
     before = generator.get_state()
     one, again = (torch.cat([b.x for b in Source(loader).batches()]) for _ in "12")
     assert torch.equal(one, again) and torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["random", "weighted"])
+def test_so_is_that_of_its_sampler(x, kind):
+    data, generator = TensorDataset(x), torch.Generator().manual_seed(4)
+    weighted = WeightedRandomSampler([1.0] * 6, 6, generator=generator)
+    sampler = weighted if kind == "weighted" else RandomSampler(data, generator=generator)
+    loader = DataLoader(data, batch_size=2, sampler=sampler)
+    before = generator.get_state()
+    one, again = (torch.cat([b.x for b in Source(loader).batches()]) for _ in "12")
+    assert torch.equal(one, again) and torch.equal(generator.get_state(), before)
+
+
+def test_a_short_stream_is_whole(host, x, tmp_path):
+    measure(host, iter(x.split(2)), images=500, out=tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ibx.Leaderboard.read(tmp_path).summary.images == 6
+    assert Source(iter(x.split(2)), images=5).facts()["at_most"] == 5
 
 
 def test_a_loader_of_its_own_kind_has_one_order_however_often_it_is_read(x):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader
 from ib_explain.benchmark import benchmark
 from ib_explain.commands.common import check_data, load_with_size, note, plain_name, preprocess_for
 from ib_explain.data.boxes import BoxImages, read_boxes
+from ib_explain.data.csv_tables import columns
 from ib_explain.data.gaze import GazeImages
 from ib_explain.data.images import ImageFiles, LabelledImages, open_dataset
 from ib_explain.data.preprocessing import Preprocess
@@ -93,8 +93,10 @@ def _check(args: argparse.Namespace) -> None:
     if (args.gaze is not None) == (args.data is not None or bool(args.dataset)):
         came = "both" if args.gaze else "neither"
         raise ValueError(f"benchmark needs images: --data ROOT (or --dataset NAME), or --gaze FOLDER; got {came}")
-    if args.gaze is not None and args.boxes is not None:
-        raise ValueError("--boxes go with --data, not with --gaze")
+    if args.gaze is not None:
+        for name in ("boxes", "split"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} goes with --data, not with --gaze")
     check_data(args)
     if args.boxes is not None and not args.boxes.is_file():
         raise ValueError(f"no such table of boxes: {args.boxes}")
@@ -111,9 +113,8 @@ def _data(args: argparse.Namespace, preprocess: Preprocess) -> Any:
     images = open_dataset(args.data, args.split, name=args.dataset)
     if not isinstance(images, ImageFiles | LabelledImages):
         raise ValueError(f"a {type(images).__name__} has no names of images, by which boxes are found; name a folder")
-    with args.boxes.open(newline="", encoding="utf-8") as stream:
-        columns = next(csv.reader(stream), [])
-    return BoxImages(images, read_boxes(args.boxes, args.split if "split" in columns else None), preprocess)
+    split = args.split if "split" in columns(args.boxes, "boxes") else None
+    return BoxImages(images, read_boxes(args.boxes, split), preprocess)
 
 
 def _data_name(args: argparse.Namespace) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ib_explain.data.images import images_of
 from ib_explain.data.loaders import has_plan, with_plan
-from ib_explain.randomness import own_generator_seeded, seeded
+from ib_explain.randomness import own_generators_seeded, seeded
 
 __all__ = ["Batches", "Share"]
 
@@ -105,7 +105,7 @@ class Batches:
 
     def _epoch(self, epoch: int, *, keep: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
         seed = self.seed * 1_000_003 + epoch
-        with seeded(seed), own_generator_seeded(self.data, seed):
+        with seeded(seed), own_generators_seeded(self.data, seed):
             for batch in self._mine(epoch, keep):
                 self._any = True
                 images, labels = images_of(batch, labelled=self.labelled)

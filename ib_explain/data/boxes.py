@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ib_explain.data.csv_tables import lines
 from ib_explain.data.images import ImageFiles, LabelledImages
 from ib_explain.data.preprocessing import Preprocess
 
@@ -57,28 +57,20 @@ def read_boxes(path: str | Path, split: str | None = None) -> dict[str, Tensor]:
             names the line).
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no such table of boxes: {path}")
     needed = ("file", *_CORNERS) if split is None else ("split", "file", *_CORNERS)
     found: dict[str, list[list[float]]] = {}
     splits: set[str] = set()
-    with path.open(newline="", encoding="utf-8") as stream:
-        table = csv.DictReader(stream)
-        missing = [column for column in needed if column not in (table.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} must have the columns {', '.join(needed)}; it lacks {', '.join(missing)}")
-        for line in table:
-            splits.add(line.get("split", ""))
-            if split is not None and line["split"] != split:
-                continue
-            where = f"{path}, line {table.line_num}"
-            try:
-                xmin, ymin, xmax, ymax = (float(line[corner]) for corner in _CORNERS)
-            except (TypeError, ValueError):
-                raise ValueError(f"{where}: corners must be numbers, got {[line[c] for c in _CORNERS]}") from None
-            if not (xmin >= 0 and ymin >= 0 and xmax >= xmin and ymax >= ymin):
-                raise ValueError(f"{where}: need 0 <= min <= max, got ({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})")
-            found.setdefault(line["file"], []).append([xmin, ymin, xmax, ymax])
+    for where, line in lines(path, needed, "boxes"):
+        splits.add(line.get("split", ""))
+        if split is not None and line["split"] != split:
+            continue
+        try:
+            xmin, ymin, xmax, ymax = (float(line[corner]) for corner in _CORNERS)
+        except ValueError:
+            raise ValueError(f"{where}: corners must be numbers, got {[line[c] for c in _CORNERS]}") from None
+        if not (xmin >= 0 and ymin >= 0 and xmax >= xmin and ymax >= ymin):
+            raise ValueError(f"{where}: need 0 <= min <= max, got ({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})")
+        found.setdefault(line["file"], []).append([xmin, ymin, xmax, ymax])
     if not found:
         listed = f" of split {split!r}; splits there: {', '.join(sorted(splits))}" if split is not None else ""
         raise ValueError(f"{path} holds no boxes{listed}")

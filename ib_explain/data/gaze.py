@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ib_explain.data.csv_tables import lines
 from ib_explain.data.images import list_images, read_image
 from ib_explain.data.preprocessing import Preprocess
 
@@ -51,22 +51,13 @@ def read_fixations(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: no such file or column, or a coordinate that is no number (it names the line).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no such table of fixations: {path}")
     found: dict[str, list[list[float]]] = {}
-    with path.open(newline="", encoding="utf-8") as stream:
-        table = csv.DictReader(stream)
-        missing = [column for column in ("image", "x", "y") if column not in (table.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} must have the columns image, x, y; it lacks {', '.join(missing)}")
-        for line in table:
-            try:
-                point = [float(line["x"]), float(line["y"])]
-            except (TypeError, ValueError):
-                came = f"({line['x']}, {line['y']})"
-                raise ValueError(f"{path}, line {table.line_num}: x and y must be numbers, got {came}") from None
-            found.setdefault(line["image"], []).append(point)
+    for where, line in lines(Path(path), ("image", "x", "y"), "fixations"):
+        try:
+            point = [float(line["x"]), float(line["y"])]
+        except ValueError:
+            raise ValueError(f"{where}: x and y must be numbers, got ({line['x']}, {line['y']})") from None
+        found.setdefault(line["image"], []).append(point)
     return {image: torch.tensor(points, device="cpu") for image, points in found.items()}
 
 
@@ -127,12 +118,13 @@ class GazeImages(Dataset[GazeSample]):
 
     @property
     def dropped_share(self) -> float:
-        """Share of all fixations that the preprocessing crops away."""
+        """Share of all fixations that the preprocessing crops away; 0 where there are none."""
         kept = [
             self.preprocess.placement(size).points(points)[1]
             for size, points in zip(self._sizes, self.fixations, strict=True)
         ]
-        return 1 - torch.cat(kept).double().mean().item()
+        inside = torch.cat(kept).double()
+        return 1 - inside.mean().item() if len(inside) else 0.0
 
     @staticmethod
     def collate(samples: Sequence[GazeSample]) -> GazeBatch:

@@ -40,6 +40,7 @@ class Placement:
 
     def points(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Move points (n, 2) of (x, y): the new points (n, 2), and which of them lie in the window, (n,) bool."""
+        points = points.float()  # whole numbers, too, are scaled by fractions
         moved = (points + 0.5) * self._scale(points) - 0.5 - points.new_tensor([self.left, self.top])
         end = moved.new_tensor([self.size[1] - 0.5, self.size[0] - 0.5])
         return moved, ((moved >= -0.5) & (moved < end)).all(dim=-1)
@@ -51,6 +52,7 @@ class Placement:
             The boxes (n, 4), fractions kept, and the share of each box's area that the window holds, (n,) in [0, 1].
             A box with share 0 lies outside: its corners mean nothing, leave it out.
         """
+        boxes = boxes.float()
         shift, scale = boxes.new_tensor([self.left, self.top]), self._scale(boxes)
         # Outer edges, counted from the window's own: the first pixel of a box begins at its number, the last ends at
         # its number + 1.

@@ -8,10 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from ib_explain.checks import check_images, check_number, check_positive_int
+from ib_explain.hosts import channels_of
 from ib_explain.ib import IBAttention, check_output
 from ib_explain.methods.base import Call, check_reference, default_site, register_method
 from ib_explain.per_image import PerImageSettings
-from ib_explain.sites import input_size_of
 
 __all__ = ["PerImageIB"]
 
@@ -49,7 +49,7 @@ class PerImageIB:
         check_reference(self.reference)
 
     def __call__(self, call: Call) -> Tensor:
-        check_images(call.x, channels=input_size_of(call.model)[0], name="inputs")
+        check_images(call.x, channels=channels_of(call.model), name="inputs")
         if call.layer is None:
             default_site(call.model, call.input_size)  # a host without one is no failure
         ib = IBAttention(call.model, call.layer, gate=self.gate, seed=call.seed)

@@ -94,6 +94,14 @@ class Case:
         vars(case)["probe"] = self.probe
         return case
 
+    def spared(self) -> Case:
+        """The same with images and maps of its own, for code that may write into them."""
+        case = replace(
+            self, x=None if self.x is None else self.x.clone(), maps=None if self.maps is None else self.maps.clone()
+        )
+        vars(case)["probe"] = self.probe
+        return case
+
     def once(self, function: Callable[..., Any], **settings: Any) -> Any:
         """Return `function(probe, maps, **settings)`, computed the first time only."""
         key = (function, *sorted(settings.items()))
