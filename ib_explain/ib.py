@@ -645,7 +645,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         )
 
     def _observe(
-        self, host: nn.Module, x: Tensor, target: Target, args: tuple[Any, ...], *, read: bool, gradient: bool
+        self, host: nn.Module, x: Tensor, target: Target, args: HostArgs, *, read: bool, gradient: bool
     ) -> tuple[Observation, Place]:
         """A clean pass at the place that holds for this input size; `read` the deeper layers, or only the site."""
         if self._bottleneck is not None:
@@ -701,51 +701,54 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             # The optimisation is priced by the deeper layers' evidence, whatever the attention itself reads.
             gradient = settings.steps > 0 or self.reads == "gradient"
             seen, place = self._observe(host, x, target, args, read=True, gradient=gradient)
-            size = (int(x.shape[2]), int(x.shape[3]))
             if seen.logits.shape[1] < 2:
                 raise ValueError(ONE_CLASS)
+            size = (int(x.shape[2]), int(x.shape[3]))
             if output == "relevance":
-                brought = self.bottleneck.label_bits(seen)
-                return _finite(spread_signed(without_lattice(brought) if place.strided else brought, size))
-            if fitted and reference is None:
-                restriction, start = self.bottleneck.restriction, self.bottleneck.attend(seen).value
+                maps = _relevance_map(self.bottleneck, seen, place, size)
             else:
-                restriction, start = self._restriction(host, place, reference, args), None
-            evidence = None
-            if settings.steps > 0 and start is not None:  # refining
-                grid = (int(seen.features.shape[2]), int(seen.features.shape[3]))
-                pairs = mask_pairs(settings.steps)
-                evidence = masked_evidence(host, x, seen.target, grid, pairs=pairs, seed=settings.seed, args=args)
-            attention = optimise(restriction, seen, place.site.layout, settings, start, evidence)
-            if output == "attention":
-                return _finite(resize(attention, size))
-            bits = restriction.bits(seen, attention).clamp_min(0)
-            if place.strided:
-                even = restriction.bits(seen, attention_without_lattice(attention)).clamp_min(0)
-                bits = with_sums(even, bits.sum(dim=(1, 2, 3)))
-            return _finite(spread(bits, size))
+                restriction, start = self._restriction(host, place, args, reference), None
+                evidence = None
+                if fitted:
+                    start = self.bottleneck.attend(seen).value
+                    evidence = self._evidence(host, x, seen, settings, args)
+                attention = optimise(restriction, seen, place.site.layout, settings, start, evidence)
+                as_bits = output == "bits"
+                maps = _bits_map(restriction, seen, attention, place, size) if as_bits else resize(attention, size)
+            check_maps(maps)
+            return maps
+
+    def _evidence(
+        self, host: nn.Module, x: Tensor, seen: Observation, settings: PerImageSettings, args: HostArgs
+    ) -> Tensor | None:
+        """What refining goes by; None where nothing is refined."""
+        if settings.steps == 0:
+            return None
+        grid = (int(seen.features.shape[2]), int(seen.features.shape[3]))
+        pairs = mask_pairs(settings.steps)
+        return masked_evidence(host, x, seen.target, grid, pairs=pairs, seed=settings.seed, args=args)
 
     def _restriction(
-        self, host: nn.Module, place: Place, reference: Tensor | None = None, args: tuple[Any, ...] = ()
+        self, host: nn.Module, place: Place, args: HostArgs, reference: Tensor | None = None
     ) -> Restriction:
         """The fitted restriction, or one whose statistics come from reference images, never from the explained ones."""
         if reference is None and self.fitted:
             return self.bottleneck.restriction
-        if isinstance(args, HostArgs) and args.differ():
+        if args.differ():
             raise ValueError("without a fit all images must have the same further arguments, got different ones")
         found = reference_statistics(host, place.site, reference, per_element=self.per_element, args=args)
         check_varies(place.site.name, found.varies, found.moments.count)
         return Restriction(self.gate, found.moments, found.side).to(host_device(host)).requires_grad_(False)
 
     def _plan(
-        self, host: nn.Module, x: Tensor, target: Target, args: tuple[Any, ...], attention: Tensor | None
+        self, host: nn.Module, x: Tensor, target: Target, args: HostArgs, attention: Tensor | None
     ) -> tuple[Restriction, Observation, Layout, Tensor]:
         """What `restrict` needs for one forward pass."""
         with outside_inference_mode(), torch.no_grad():
             x = x.clone() if x.is_inference() else x
             gradient = attention is None and self.reads == "gradient"
             seen, place = self._observe(host, x, target, args, read=attention is None, gradient=gradient)
-            restriction = self._restriction(host, place, args=args)
+            restriction = self._restriction(host, place, args)
             if attention is None:
                 value = self.bottleneck.attend(seen).value
             else:
@@ -787,9 +790,21 @@ def check_output(output: str, gate: str, *, relevance: bool) -> None:
         raise ValueError("relevance is learned in a fit: IBAttention(model, relevance=True).fit(data)")
 
 
-def _finite(maps: Tensor) -> Tensor:
-    check_maps(maps)
-    return maps
+def _bits_map(
+    restriction: Restriction, seen: Observation, attention: Tensor, place: Place, size: tuple[int, int]
+) -> Tensor:
+    """The bits that pass, brought to the images' size; the lattice of the host's strides is no part of them."""
+    bits = restriction.bits(seen, attention).clamp_min(0)
+    if place.strided:
+        even = restriction.bits(seen, attention_without_lattice(attention)).clamp_min(0)
+        bits = with_sums(even, bits.sum(dim=(1, 2, 3)))
+    return spread(bits, size)
+
+
+def _relevance_map(bottleneck: Bottleneck, seen: Observation, place: Place, size: tuple[int, int]) -> Tensor:
+    """The label bits of each position, brought to the images' size."""
+    brought = bottleneck.label_bits(seen)
+    return spread_signed(without_lattice(brought) if place.strided else brought, size)
 
 
 def _size(x: Tensor) -> tuple[int, int, int]:

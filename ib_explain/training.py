@@ -76,6 +76,23 @@ class _Terms(NamedTuple):
     """Cross-entropy of the target without a bottleneck."""
 
 
+class _Told(NamedTuple):
+    """What a step of the optimiser tells: scalars, means over its images or, the last three, counts of them."""
+
+    loss: Tensor
+    lost: Tensor
+    """Nats of cross-entropy that the bottleneck costs."""
+    bits: Tensor
+    attention: Tensor
+    stake: Tensor
+    beta: Tensor
+    relevance_error: Tensor
+    agreed: Tensor
+    shut: Tensor
+    asked: Tensor
+    """For whose top-1 the attention was."""
+
+
 class Trainer:
     """One fit: the optimiser, beta, and running figures. `state` and `load` carry it over an interruption."""
 
@@ -144,7 +161,7 @@ class Trainer:
             self._look_at_both_ends(seen, first)
         terms = self._terms(seen)
         told = [self._update(seen, terms, noise, self.step_number * UPDATES + part) for part, noise in enumerate(later)]
-        self._follow(torch.stack(told))
+        self._follow(told)
         self.step_number += 1
         self.images += len(x) * self.share.world
         if self.step_number % 10 == 1:
@@ -168,8 +185,8 @@ class Trainer:
             intact=F.cross_entropy(seen.logits.float(), seen.target, reduction="none"),
         )
 
-    def _update(self, seen: Observation, terms: _Terms, noise: _BatchNoise, number: int) -> Tensor:
-        """Step `number` of the optimiser; what `_follow` takes of it."""
+    def _update(self, seen: Observation, terms: _Terms, noise: _BatchNoise, number: int) -> _Told:
+        """Step `number` of the optimiser."""
         bottleneck = self.bottleneck
         with self.autocast():
             attention = bottleneck.attend(seen, noise.normal((1, *self.place.site.grid)))
@@ -193,9 +210,18 @@ class Trainer:
         asked, agreed = seen.target == top, logits.argmax(1) == top
         bits = passed.sum(dim=(1, 2, 3))
         shut = asked & ~agreed & (bits < SHUT * bits.mean())
-        lost = (kept - terms.intact).mean()
-        means = [lost, bits.mean(), attention.mean.mean(), terms.stake.mean(), terms.beta.mean(), error]
-        return torch.stack([loss, *means, (asked & agreed).sum(), shut.sum(), asked.sum()]).detach().float()
+        return _Told(
+            loss=loss.detach(),
+            lost=(kept - terms.intact).detach().mean(),
+            bits=bits.detach().mean(),
+            attention=attention.mean.detach().mean(),
+            stake=terms.stake.mean(),
+            beta=terms.beta.mean(),
+            relevance_error=error.detach(),
+            agreed=(asked & agreed).sum(),
+            shut=shut.sum(),
+            asked=asked.sum(),
+        )
 
     def state(self) -> dict[str, Any]:
         """Everything a later run needs to go on: {"tensors": ..., "run": ...}."""
@@ -316,19 +342,23 @@ class Trainer:
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return values if self.share.world == 1 else self.accelerator.reduce(values, reduction="mean")
 
-    def _follow(self, told: Tensor) -> None:
-        """Take what the updates of a batch tell, (UPDATES, 10), into the running figures: the same on every process."""
-        for values in self._mean_over_processes(told).tolist():  # one look at the device for all of them
-            loss, lost, bits, opened, stake, beta, error, agreed, shut, asked = values
-            if not math.isfinite(loss + error):
+    def _follow(self, told: list[_Told]) -> None:
+        """Take what the steps on a batch tell into the running figures: the same on every process."""
+        rows = torch.stack([torch.stack([value.float() for value in one]) for one in told])
+        for values in self._mean_over_processes(rows).tolist():  # one look at the device for all of them
+            found = dict(zip(_Told._fields, values, strict=True))
+            whole = found["loss"] + found["relevance_error"]
+            if not math.isfinite(whole):
                 raise FloatingPointError(
-                    f"the loss became {loss + error} at step {self.step_number}; try a smaller lr or fp32"
+                    f"the loss became {whole} at step {self.step_number}; try a smaller lr or fp32"
                 )
-            now = {"loss": loss, "bits": bits, "attention": opened, "lost": lost / stake, "beta": beta}
+            now = {name: found[name] for name in ("loss", "bits", "attention")}
+            now |= {"lost": found["lost"] / found["stake"], "beta": found["beta"]}
             if self.bottleneck.relevance is not None:
-                now["relevance_error"] = error
-            now["agreement"] = agreed / asked if asked else self.figures.get("agreement", 1.0)
-            now["shut"] = shut / asked if asked else self.figures.get("shut", 0.0)
+                now["relevance_error"] = found["relevance_error"]
+            for name, count in (("agreement", found["agreed"]), ("shut", found["shut"])):
+                unknown = self.figures.get(name, float(name == "agreement"))
+                now[name] = count / found["asked"] if found["asked"] else unknown
             old = self.figures or now
             self.figures = {name: 0.95 * old[name] + 0.05 * value for name, value in now.items()}
 
