@@ -14,7 +14,15 @@ from torch import Tensor, nn
 import ib_explain as ibx
 from ib_explain.ib import IBAttention
 from ib_explain.layouts import Layout
-from ib_explain.sites import candidate_layers, deeper_sites, default_layer, input_size_of, resolve_site, sites
+from ib_explain.sites import (
+    Site,
+    candidate_layers,
+    deeper_sites,
+    default_layer,
+    input_size_of,
+    resolve_site,
+    sites,
+)
 from ib_explain.stripes import probe_images
 from tests.models import CLASSES, TinyCNN, TinyNHWC, TinyViT
 from tests.states import assert_same, mixed, state
@@ -229,14 +237,22 @@ class TestClassToken:
         found = [site for site in sites(host, self.SIZE) if site.usable]
 
         def best(power: float) -> str:
-            scores = {
-                s.name: min(1, math.prod(s.grid) / 14**2) * s.depth * min(1, s.effect) ** power * (1 - s.leak)
-                for s in found
-            }
-            return max(scores, key=lambda name: scores[name])
+            def score(s: Site) -> float:
+                depth = s.depth if s.depth >= 0.05 else 0.01 * s.depth
+                return min(1, math.prod(s.grid) / 14**2) * depth * min(1, s.effect) ** power * (1 - s.leak)
 
-        assert default_layer(host, self.SIZE) == best(2.5)
+            return max(found, key=score).name
+
+        assert default_layer(host, self.SIZE) == best(4.5)
         assert best(1.0) == by_itself
+
+    def test_the_stem_is_no_default_however_little_of_the_answer_the_blocks_grids_carry(self) -> None:
+        torch.manual_seed(0)
+        host = timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=64, patch_size=8, depth=6).eval()
+        found = {site.name: site for site in sites(host, (3, 64, 64))}
+        plain = {name: site.depth * site.effect**4.5 for name, site in found.items()}
+        assert not max(plain, key=lambda name: plain[name]).startswith("blocks.")
+        assert default_layer(host, (3, 64, 64)).startswith("blocks.")
 
     def test_the_last_block_is_read_by_its_class_token_alone(self) -> None:
         site = resolve_site(make(TinyViT), "blocks", self.SIZE)
