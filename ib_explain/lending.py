@@ -110,8 +110,7 @@ def _images_spared(host: nn.Module) -> Iterator[None]:
             x, version, spared = given.pop()
             # What is written through `.data` shows in the values alone (meta tensors have none): they are compared in
             # the first pass.
-            compared = host not in _WRITES and spared is not None and not x.is_meta
-            hidden = compared and not torch.equal(x, spared)
+            hidden = spared is not None and host not in _WRITES and not x.is_meta and not torch.equal(x, spared)
             # Looked at in every pass: noise may leave a branch untaken that the user's images take. Those of the first
             # such pass are written to, as by a call of the host itself.
             _WRITES[host] = _WRITES.get(host, False) or hidden or x._version != version
