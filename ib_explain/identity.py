@@ -129,7 +129,7 @@ class Identity:
 
 def is_ours(code: Any) -> bool:
     """Whether a function or class is the package's own, whose version a run notes."""
-    return str(code.__module__).startswith("ib_explain.")
+    return str(getattr(code, "__module__", None)).startswith("ib_explain.")
 
 
 def source(code: Any) -> dict[str, str]:
@@ -151,7 +151,7 @@ def digest(tensors: Iterable[Any]) -> str:
 
 
 def _qualified(code: Any) -> str:
-    return f"{code.__module__}.{code.__qualname__}"
+    return f"{getattr(code, '__module__', None)}.{code.__qualname__}"  # methods of built-in types have no module
 
 
 def _content(cell: Any) -> Any:

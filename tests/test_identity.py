@@ -95,6 +95,7 @@ def test_sets_have_one_order_and_what_holds_itself_ends():
     other = Holder(None)
     other.held = [other, {"again": other}]
     assert told == json.dumps(Identity(tiny()).value(other))
+    assert of.code((1).__add__) == {"method": "None.int.__add__"}
     assert of.value(threading.Lock()) == "_thread.lock" and of.value(np) == "numpy"
 
 
