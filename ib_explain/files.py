@@ -81,9 +81,9 @@ def check_replaceable(path: str | Path, ours: Collection[str]) -> None:
         OSError: the place cannot be written to.
     """
     path = Path(path)
-    if path.resolve() == Path.cwd():
-        raise FileExistsError(f"{path} is the current folder, which cannot be replaced; name one in it")
     if path.is_dir():
+        if path.samefile("."):
+            raise FileExistsError(f"{path} is the current folder, which cannot be replaced; name one in it")
         for other in sorted(path.iterdir()):
             if other.name not in ours or not other.is_file():
                 raise FileExistsError(f"{path} holds other files ({other.name}); name another folder")

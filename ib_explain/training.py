@@ -356,9 +356,9 @@ class Trainer:
             now |= {"lost": found["lost"] / found["stake"], "beta": found["beta"]}
             if self.bottleneck.relevance is not None:
                 now["relevance_error"] = found["relevance_error"]
-            for name, count in (("agreement", found["agreed"]), ("shut", found["shut"])):
-                unknown = self.figures.get(name, float(name == "agreement"))
-                now[name] = count / found["asked"] if found["asked"] else unknown
+            asked = found["asked"]
+            now["agreement"] = found["agreed"] / asked if asked else self.figures.get("agreement", 1.0)
+            now["shut"] = found["shut"] / asked if asked else self.figures.get("shut", 0.0)
             old = self.figures or now
             self.figures = {name: 0.95 * old[name] + 0.05 * value for name, value in now.items()}
 

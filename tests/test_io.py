@@ -48,6 +48,7 @@ def test_other_architecture_other_shape_other_weights(saved, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         IBAttention.load(path, tiny())
+        IBAttention.load(path, tiny().bfloat16())  # rounded, the same weights cannot be compared
 
 
 def test_the_host_is_remembered_as_it_was_fitted_to(tmp_path):
@@ -218,6 +219,21 @@ def test_weights_that_are_missing_or_broken(saved, tmp_path):
     save_file(tensors | {name: tensors[name] * torch.nan}, file)
     with pytest.raises(ValueError, match=f"{name} in bottleneck.safetensors has NaN"):
         IBAttention.load(tmp_path / "ib", tiny())
+    std = next(n for n in tensors if n.endswith(".std"))
+    save_file(tensors | {std: tensors[std].to(torch.complex64)}, file)
+    with pytest.raises(ValueError, match=f"{std} in bottleneck.safetensors must be above 0"):
+        IBAttention.load(tmp_path / "ib", tiny())
+    (tmp_path / "ib" / "config.json").write_text(f'{{"format": {"1" * 5000}}}')
+    with pytest.raises(ValueError, match="ib is damaged: "):
+        IBAttention.load(tmp_path / "ib", tiny())
+
+
+def test_the_current_folder_is_not_replaced(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match="is the current folder, which cannot be replaced; name one in it"):
+        saved[0].save(".")
+    saved[0].save("ib")
+    assert IBAttention.load("ib", tiny()).fitted
 
 
 @pytest.mark.parametrize(

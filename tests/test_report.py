@@ -141,6 +141,12 @@ def test_page_is_well_formed_and_self_contained(page):
     assert len(targets) == sum("id" in attrs for _, attrs in parsed.tags), "an id is given twice"
 
 
+def test_a_sheet_of_many_methods_keeps_the_size_of_its_maps(board, undrawn):
+    pictures = Pictures([Picture(png(width=4000), "many methods")], {("ib", 0): Picture(png(), "ib on it")})
+    shown = Page(report_html(board.summary, board.run, rows=board.rows, pictures=pictures)).all("img")
+    assert [one["style"] for one in shown if "style" in one] == ["min-width:3000px"]
+
+
 def test_everything_that_users_named_is_escaped(page):
     assert page.count("<script") == 1 and "alert" in page
     for text in (HOSTILE, "no <attention> here", "All <methods>", "RISE <b>", "resnet<18>", "mean <i>"):

@@ -96,9 +96,8 @@ class Case:
 
     def spared(self) -> Case:
         """The same with images and maps of its own, for code that may write into them."""
-        case = replace(
-            self, x=None if self.x is None else self.x.clone(), maps=None if self.maps is None else self.maps.clone()
-        )
+        x, maps = (None if given is None else given.clone() for given in (self.x, self.maps))
+        case = replace(self, x=x, maps=maps)
         vars(case)["probe"] = self.probe
         return case
 
