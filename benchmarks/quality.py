@@ -118,7 +118,8 @@ def main() -> None:
         earlier=f"ib at {q.one_stage_earlier(host)}",
         refined=list(refined),
         controls=list(controls),
-        costly=[q.RISE, "iba"],
+        rivals=["attention_gradient_rollout"],
+        costly=[q.RISE, "iba", "occlusion", "feature_ablation", "integrated_gradients blurred"],
         energy="activation_energy",
     )
     folder = RESULTS / options.host if options.split == "val" else options.out / "table"

@@ -50,6 +50,8 @@ class Roles:
     """The same, refined per image."""
     controls: Sequence[str]
     """Made from `ib` itself, so without a rank of their own."""
+    rivals: Sequence[str]
+    """What the fitted ones are held against besides Grad-CAM."""
     costly: Sequence[str]
     """What the refined ones are held against."""
     energy: str
@@ -215,6 +217,7 @@ def _pair_numbers(compared: dict[tuple[str, str], Summary]) -> list[dict[str, An
 def _pairs(roles: Roles, table: Sequence[str]) -> list[tuple[str, str]]:
     first = roles.seeds[0]
     wanted = [(ib, roles.best) for ib in (*roles.seeds, roles.earlier)]
+    wanted += [(ib, rival) for ib in roles.seeds for rival in roles.rivals]
     wanted += [(first, name) for name in table if name.startswith("grad_cam ") and name != roles.best]
     wanted += [(first, control) for control in roles.controls]
     for fitted, refined in zip(roles.seeds, roles.refined, strict=True):
