@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ib_explain.attribution import as_maps, check_host, is_method, method_runner, run_method
 from ib_explain.facts import with_fresh_facts
-from ib_explain.ib import OUTPUTS, IBAttention
+from ib_explain.ib import IBAttention
 from ib_explain.identity import Identity, is_ours
 from ib_explain.lending import frozen
 from ib_explain.methods import METHODS
 from ib_explain.methods.base import Call, NotApplicable
 from ib_explain.methods.ib import PerImageIB
 from ib_explain.modules import find_module, module_name, unwrap
+from ib_explain.outputs import OUTPUTS
 from ib_explain.randomness import seeded
 from ib_explain.rows import one_line
 

@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,28 +41,38 @@ from ib_explain.fitting import (
     launched,
     train,
 )
-from ib_explain.hooks import LayerError, capture, replace_output
+from ib_explain.hooks import LayerError, capture
 from ib_explain.hosts import channels_of
-from ib_explain.io import FILES, FORMAT, data_config, fingerprint, host_facts, read_folder, versions, write_folder
-from ib_explain.lattice import attention_without_lattice, without_lattice
-from ib_explain.layouts import Layout, LayoutChanged
+from ib_explain.io import (
+    FILES,
+    FORMAT,
+    check_host,
+    data_config,
+    fingerprint,
+    host_facts,
+    read_folder,
+    versions,
+    write_folder,
+)
+from ib_explain.layouts import LayoutChanged
 from ib_explain.lending import HostArgs, frozen, outside_inference_mode, run_host
-from ib_explain.maps import resize, spread, spread_signed, with_sums
+from ib_explain.maps import resize
 from ib_explain.masked_evidence import masked_evidence
 from ib_explain.modules import find_module, host_device, host_dtype, module_name, unwrap
 from ib_explain.observation import Observation, observe
+from ib_explain.outputs import bits_map, check_output, relevance_map
 from ib_explain.per_image import REFINING_LR, PerImageSettings, mask_pairs, optimise
 from ib_explain.places import Place, find_place
-from ib_explain.randomness import check_seed, generator_of, normal, random_state_kept
+from ib_explain.randomness import check_seed
 from ib_explain.reference import reference_statistics
+from ib_explain.restricting import Plan, as_attention, passes_restricted
 from ib_explain.sites import Site, input_size_of
 from ib_explain.targets import Target, class_rows, spread_target
 from ib_explain.training import FitSettings
 
-__all__ = ["OUTPUTS", "IBAttention", "check_output"]
+__all__ = ["IBAttention"]
 
 READS = ("gradient", "features")
-OUTPUTS = {"bits": "bits", "attention": "attention", "relevance": "label bits"}  # with their units
 OPTIONS = ("gate", "reads", "anchors", "per_element", "relevance", "seed")  # that a saved bottleneck is built with
 OBJECTIVES = ("prediction", "label")
 LEAK_WORTH_A_WARNING = 0.05
@@ -410,37 +419,17 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         """
         if attention is None:
             self._require_fitted()
-        attention = None if attention is None else _as_attention(attention)
-        if attention is None:
             self._check_weights()
+        fixed = None if attention is None else as_attention(attention)
         with frozen(self.forward_func, random_state=False) as host:
             if self.layer_name is None:  # by the host's own size; of other images it is found when they come
                 with contextlib.suppress(LayerError, ValueError):
                     self._settle(find_place(host, None, input_size_of(host)))
-            plan: list[tuple[Restriction, Observation, Layout, Tensor]] = []
 
-            def prepare(inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-                if not inputs or named:
-                    got = f"{len(inputs)} and by name {', '.join(named) or 'none'}"
-                    raise TypeError(f"call the restricted model with positional arguments, images first; got {got}")
-                check_images(inputs[0], channels=channels_of(host), device=host_device(host), inference=True)
-                args = HostArgs.of(tuple(inputs[1:]), len(inputs[0]))
-                with random_state_kept(host_device(host)):
-                    plan[:] = [self._plan(host, inputs[0], target, args, attention)]
+            def plan(x: Tensor, args: HostArgs) -> Plan:
+                return self._plan(host, x, target, args, fixed)
 
-            def edit(output: Any) -> Any:
-                restriction, seen, layout, value = plan[0]
-                # The same values as in the clean pass, but with their graph: gradients reach the images.
-                seen = dataclasses.replace(seen, output=output, features=layout.to_grid(output))
-                noise = normal(generator_of(self.seed, value.device), 1, *seen.features.shape[1:])
-                restricted = restriction.apply_to(seen, layout, value, noise)
-                if not GATES.get(self.gate).measures_bits:
-                    return restricted
-                # Gates stop short of 1, where a rate would be infinite; what is asked to pass whole passes whole.
-                passes = torch.where(value < 1, layout.to_grid(restricted), seen.features)
-                return layout.with_grid(restricted, passes)
-
-            with replace_output(host, lambda: self.layer_name, edit, before=prepare):
+            with passes_restricted(host, lambda: self.layer_name, plan, seed=self.seed):
                 yield host
 
     def save(self, path: str | Path) -> None:
@@ -474,24 +463,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             raise TypeError(f"path must be the name of a folder, got {path!r}")
         with outside_inference_mode():
             tensors, config = read_folder(Path(path))
-        fitted_to, given = config["host"], host_facts(model)
-        if fitted_to["structure"] != given["structure"]:
-            theirs, ours = fitted_to["architecture"], given["architecture"]
-            names = theirs if theirs == ours else f"{theirs}, not to this {ours}"
-            classes, others = config.get("classes"), getattr(unwrap(model), "num_classes", None)
-            more = f" ({classes} classes there, {others} here)" if classes and others and classes != others else ""
-            raise ValueError(f"{path} was fitted to a {names}: its parameters have other names or shapes{more}")
-        # Rounded to another precision the same weights cannot be compared.
-        if fitted_to["weights"] != given["weights"] and fitted_to.get("precision") == given["precision"]:
-            told = (
-                f"{path} was fitted to a {fitted_to['architecture']} with other weights; fit again for bits that hold"
-            )
-            warn_user(told)
-        if isinstance(run := config.get("run"), dict):
-            step, steps = run.get("step"), run.get("settings", {}).get("steps")
-            if step != steps:
-                told = f"{path} is the checkpoint of a fit after step {step} of {steps}"
-                warn_user(f"{told}; fit(..., checkpoint=, resume=True) goes on")
+        fitted_to = config["host"]
+        check_host(path, config, model)
         options = {name: config[name] for name in OPTIONS}
         self = cls(model, config["layer"], **options)
         channels, height, width = config["input_size"]
@@ -705,7 +678,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 raise ValueError(ONE_CLASS)
             size = (int(x.shape[2]), int(x.shape[3]))
             if output == "relevance":
-                maps = _relevance_map(self.bottleneck, seen, place, size)
+                maps = relevance_map(self.bottleneck, seen, place, size)
             else:
                 restriction, start = self._restriction(host, place, args, reference), None
                 evidence = None
@@ -714,7 +687,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                     evidence = self._evidence(host, x, seen, settings, args)
                 attention = optimise(restriction, seen, place.site.layout, settings, start, evidence)
                 as_bits = output == "bits"
-                maps = _bits_map(restriction, seen, attention, place, size) if as_bits else resize(attention, size)
+                maps = bits_map(restriction, seen, attention, place, size) if as_bits else resize(attention, size)
             check_maps(maps)
             return maps
 
@@ -740,9 +713,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         check_varies(place.site.name, found.varies, found.moments.count)
         return Restriction(self.gate, found.moments, found.side).to(host_device(host)).requires_grad_(False)
 
-    def _plan(
-        self, host: nn.Module, x: Tensor, target: Target, args: HostArgs, attention: Tensor | None
-    ) -> tuple[Restriction, Observation, Layout, Tensor]:
+    def _plan(self, host: nn.Module, x: Tensor, target: Target, args: HostArgs, attention: Tensor | None) -> Plan:
         """What `restrict` needs for one forward pass."""
         with outside_inference_mode(), torch.no_grad():
             x = x.clone() if x.is_inference() else x
@@ -756,55 +727,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 if attention.ndim > 0 and tuple(attention.shape) not in (expected, (1, *expected[1:])):
                     raise ValueError(f"attention must be a number or {expected}, got {tuple(attention.shape)}")
                 value = attention.to(x.device).expand(expected)
-        return restriction, seen, place.site.layout, value
-
-
-def _as_attention(attention: float | Tensor) -> Tensor:
-    """A number or a tensor in [0, 1] as a float32 tensor; its shape is checked where the grid is known."""
-    expected = "attention must be a number or a floating-point tensor (B, 1, h, w), in [0, 1]"
-    if isinstance(attention, Tensor):
-        if not attention.is_floating_point():
-            raise TypeError(f"{expected}, got a tensor of {attention.dtype}")
-        value = attention.detach().float()
-    else:
-        if isinstance(attention, bool) or not isinstance(attention, Real):
-            raise TypeError(f"{expected}, got {attention!r}")
-        value = torch.tensor(float(attention), dtype=torch.float32, device="cpu")
-    if value.numel() == 0 or not ((value >= 0) & (value <= 1)).all():
-        got = attention if value.numel() < 2 else f"{value.min():g} to {value.max():g}"
-        raise ValueError(f"{expected}, got {got}")
-    return value
-
-
-def check_output(output: str, gate: str, *, relevance: bool) -> None:
-    """Refuse an output that a gate does not give, or "relevance" where that was not learned.
-
-    Raises:
-        ValueError: no such gate or output (with the nearest names), or none that this gate gives.
-    """
-    if output not in OUTPUTS:
-        raise ValueError(f"unknown output {output!r}{did_you_mean(str(output), OUTPUTS)}")
-    if output == "bits" and not GATES.get(gate).measures_bits:
-        raise ValueError(f"the {gate!r} gate passes everything, so it has no bits; use output='attention'")
-    if output == "relevance" and not relevance:
-        raise ValueError("relevance is learned in a fit: IBAttention(model, relevance=True).fit(data)")
-
-
-def _bits_map(
-    restriction: Restriction, seen: Observation, attention: Tensor, place: Place, size: tuple[int, int]
-) -> Tensor:
-    """The bits that pass, brought to the images' size; the lattice of the host's strides is no part of them."""
-    bits = restriction.bits(seen, attention).clamp_min(0)
-    if place.strided:
-        even = restriction.bits(seen, attention_without_lattice(attention)).clamp_min(0)
-        bits = with_sums(even, bits.sum(dim=(1, 2, 3)))
-    return spread(bits, size)
-
-
-def _relevance_map(bottleneck: Bottleneck, seen: Observation, place: Place, size: tuple[int, int]) -> Tensor:
-    """The label bits of each position, brought to the images' size."""
-    brought = bottleneck.label_bits(seen)
-    return spread_signed(without_lattice(brought) if place.strided else brought, size)
+        return Plan(restriction, seen, place.site.layout, value)
 
 
 def _size(x: Tensor) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import fields
@@ -17,11 +18,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ib_explain.checks import warn_user
 from ib_explain.hosts import timm_config
 from ib_explain.layouts import Layout
 from ib_explain.modules import host_dtype, unwrap
 
-__all__ = ["CONFIG", "FILES", "FORMAT", "data_config", "fingerprint", "host_facts", "layout_from_json", "read_folder"]
+__all__ = [
+    "CONFIG",
+    "FILES",
+    "FORMAT",
+    "check_host",
+    "data_config",
+    "fingerprint",
+    "host_facts",
+    "layout_from_json",
+    "read_folder",
+]
 __all__ += ["versions", "write_folder"]
 
 FORMAT = 1
@@ -66,6 +78,34 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if config.get("digest") != _folder_digest(folder / WEIGHTS, config):
         raise ValueError(f"{folder} is damaged: {WEIGHTS} or {CONFIG} was changed since they were written together")
     return tensors, config
+
+
+def check_host(folder: str | os.PathLike[str], config: dict[str, Any], model: nn.Module) -> None:
+    """Hold the host that a bottleneck was fitted to, by its config, against the one it is read for.
+
+    Raises:
+        ValueError: another architecture.
+
+    Warns:
+        UserWarning: same architecture, other weights; or a checkpoint of a fit that was not at its end.
+    """
+    theirs, ours = config["host"], host_facts(model)
+    if theirs["structure"] != ours["structure"]:
+        names = theirs["architecture"]
+        if names != ours["architecture"]:
+            names += f", not to this {ours['architecture']}"
+        classes, others = config.get("classes"), getattr(unwrap(model), "num_classes", None)
+        more = f" ({classes} classes there, {others} here)" if classes and others and classes != others else ""
+        raise ValueError(f"{folder} was fitted to a {names}: its parameters have other names or shapes{more}")
+    # Rounded to another precision the same weights cannot be compared.
+    if theirs["weights"] != ours["weights"] and theirs.get("precision") == ours["precision"]:
+        told = f"{folder} was fitted to a {theirs['architecture']} with other weights"
+        warn_user(f"{told}; fit again for bits that hold")
+    if isinstance(run := config.get("run"), dict):
+        step, steps = run.get("step"), run.get("settings", {}).get("steps")
+        if step != steps:
+            told = f"{folder} is the checkpoint of a fit after step {step} of {steps}"
+            warn_user(f"{told}; fit(..., checkpoint=, resume=True) goes on")
 
 
 def _folder_digest(weights: Path, config: dict[str, Any]) -> str:

@@ -33,11 +33,12 @@ from ib_explain.commands.map_folder import SHEET, MapFolder, digest_of, plan_nam
 from ib_explain.data.images import ImageFiles, LabelledImages, UnreadableImage, list_images, open_dataset
 from ib_explain.data.preprocessing import Preprocess
 from ib_explain.hosts import class_names
-from ib_explain.ib import OUTPUTS, IBAttention
+from ib_explain.ib import IBAttention
 from ib_explain.io import host_facts, read_folder
 from ib_explain.maps import in_bits
 from ib_explain.methods.base import METHODS
 from ib_explain.modules import host_device
+from ib_explain.outputs import OUTPUTS
 from ib_explain.progress import Progress
 from ib_explain.targets import resolve_target
 from ib_explain.visualize import contact_sheet, visualize

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ib_explain.checks import check_images, check_number, check_positive_int
 from ib_explain.hosts import channels_of
-from ib_explain.ib import IBAttention, check_output
+from ib_explain.ib import IBAttention
 from ib_explain.methods.base import Call, check_reference, default_site, register_method
+from ib_explain.outputs import check_output
 from ib_explain.per_image import PerImageSettings
 
 __all__ = ["PerImageIB"]
