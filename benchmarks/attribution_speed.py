@@ -28,14 +28,16 @@ from captum.attr import LayerGradCam
 from torch import Tensor, nn
 
 import ib_explain as ibx
+from ib_explain.bottleneck.module import Restriction
 from ib_explain.data.batches import Batches
 from ib_explain.fitting import DEFAULT_IMAGES, launched
 from ib_explain.io import versions
 from ib_explain.lending import frozen
-from ib_explain.metrics.cost import _peak_bytes
+from ib_explain.metrics.cost import peak_bytes
 from ib_explain.observation import observe
 from ib_explain.per_image import PerImageSettings, optimise
 from ib_explain.places import find_place
+from ib_explain.reference import reference_statistics
 from ib_explain.training import UPDATES, FitSettings, Trainer
 
 RESULTS = Path(__file__).parent / "results" / "attribution_speed.json"
@@ -214,11 +216,11 @@ def per_image(options: argparse.Namespace) -> dict[str, object]:
     """A batch optimised at once against one image at a time as published: same steps and noise copies, frozen host."""
     steps, copies = 4, 4
     host, x = build("resnet18", options, size=128)
-    ib = ibx.IBAttention(host, "layer2")
     settings = PerImageSettings(steps=steps, copies=copies)
-    ib.attribute_per_image(x[:1], settings=PerImageSettings(steps=1))
-    restriction = ib._reference[1]
     place = find_place(host, "layer2", (3, 128, 128), read=False)
+    with frozen(host):
+        found = reference_statistics(host, place.site, None, per_element=False)
+        restriction = Restriction("gaussian", found.moments, found.side).to(x.device).requires_grad_(False)
     target = host(x).argmax(1)
 
     def one_at_a_time() -> None:
@@ -269,7 +271,7 @@ def memory(options: argparse.Namespace) -> dict[str, object]:
             peaks = [peak(f"{name}/{w}", options) for w in (work, against)]
             label = f"{name}: peak memory, {work} / {against}"
             found[label] = {"ratio": round(peaks[0] / peaks[1], 3), "megabytes": [round(p / 2**20) for p in peaks]}
-            made = [_peak_bytes(works[w], torch.device(options.device)) for w in (work, against)]
+            made = [peak_bytes(works[w], torch.device(options.device)) for w in (work, against)]
             found[label]["tensors made meanwhile"] = {
                 "ratio": round(made[0] / made[1], 3),
                 "megabytes": [round(m / 2**20) for m in made],

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,6 +106,7 @@ def benchmark(
             raise ValueError("several processes need a folder that all can write to; give out=FOLDER")
         source = Source(data, images=images, names=names, seed=seed)
         _check_needs(chosen, source)
+        _check_out(out, source)
         classes = _check_host(host, source.first)
         if layer is not None:
             layer = module_name(host, layer if isinstance(layer, nn.Module) else find_module(host, layer))
@@ -155,6 +157,14 @@ def benchmark(
             if out is not None:
                 board.save(out)
     return board
+
+
+def _check_out(out: str | os.PathLike[str] | None, source: Source) -> None:
+    """Keep results out of the pictures' folder, where `figures` would be taken for a class the next time."""
+    if out is not None and source.root is not None:
+        place, root = Path(out).resolve(), source.root.resolve()
+        if place == root or (root in place.parents and not (place / "run.json").is_file()):
+            raise ValueError(f"out must not lie in the folder of the data, {source.root}; got {out}")
 
 
 def available_metrics() -> dict[str, str]:

@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return int(importlib.import_module(f"ib_explain.commands.{args.command}").run(args))
         except KeyboardInterrupt:
-            return _say("interrupted", FAILED)
+            goes_on = args.command in ("attribute", "benchmark")  # `fit` asks for --resume and says so
+            return _say("interrupted" + "; the same command goes on after what is written" * goes_on, FAILED)
         except BrokenPipeError:  # `ib-explain layers ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED

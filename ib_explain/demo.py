@@ -1,4 +1,4 @@
-"""The demo: the whole path on pictures whose evidence is known, and whether the maps find it. About two minutes.
+"""The demo: the whole path on pictures whose evidence is known, and whether the maps find it. About a minute.
 
 A shipped classifier of eight synthetic shapes is the host. A bottleneck is fitted to it on fresh pictures; on further
 ones its maps are compared with the exact masks of the evidence, beside Grad-CAM and a centred Gaussian.
@@ -35,6 +35,7 @@ __all__ = ["DemoSettings", "run_demo"]
 REFERENCE = 64  # pictures whose features' statistics the per-image maps use
 FIT_SEED, TEST_SEED = 11, 12  # of the pictures; the host was trained on others
 NUMBERS, FIGURE, BOTTLENECK = "demo.json", "demo.png", "bottleneck"
+WHAT = "ib-explain demo"
 OURS, PER_IMAGE, GRAD_CAM, CENTRE = "IB, fitted", "IB, per image", "Grad-CAM", "centred Gaussian"
 
 
@@ -44,7 +45,7 @@ MapOf = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of the demo; the defaults fit two minutes on two cores.
+    """Sizes of the demo; the defaults take about a minute on two cores.
 
     Attributes:
         fit_images: pictures to fit on.
@@ -84,7 +85,7 @@ def run_demo(
     """
     settings = settings or DemoSettings()
     out = Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / NUMBERS).is_file() and not overwrite):
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not _is_demo(out) and not overwrite):
         raise ValueError(f"{out} holds no demo but other files; name another folder or --overwrite")
     started = time.monotonic()
     host = demo_host().to(device)
@@ -110,7 +111,7 @@ def run_demo(
             found[name] = _measure(method, singles, pairs)
             progress.step()
     numbers = {
-        "what": "ib-explain demo",
+        "what": WHAT,
         "version": __version__,
         "torch": torch.__version__,
         "device": str(device),
@@ -140,6 +141,14 @@ def run_demo(
 
 def _to(drawn: SyntheticSample, device: str | torch.device) -> SyntheticSample:
     return SyntheticSample(drawn.image.to(device), drawn.label.to(device), drawn.mask.to(device))
+
+
+def _is_demo(folder: Path) -> bool:
+    """Whether the numbers in `folder` are those of a demo."""
+    try:
+        return json.loads((folder / NUMBERS).read_text(encoding="utf-8"))["what"] == WHAT
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _methods(host: nn.Module, ib: IBAttention, reference: Tensor, seed: int) -> dict[str, MapOf]:

@@ -58,7 +58,9 @@ def replace_folder(path: str | Path, ours: Collection[str]) -> Iterator[Path]:
     aside = _aside(path)
     try:
         yield temporary
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)  # as files: mkdtemp and safetensors keep them to the owner
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         check_replaceable(path, ours)  # a fit takes a while
         if path.exists():
             shutil.rmtree(aside, ignore_errors=True)
@@ -95,7 +97,7 @@ def check_replaceable(path: str | Path, ours: Collection[str]) -> None:
 
 
 def current_folder(path: str | Path) -> Path | None:
-    """The folder itself, or the older one that a crash left set aside, or None."""
+    """The folder itself, or the older one left behind by a crash, or None."""
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path
     return next((candidate for candidate in (path, _aside(path)) if candidate.is_dir()), None)

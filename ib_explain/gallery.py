@@ -29,7 +29,7 @@ MapsOf = Callable[[Contender, ImageBatch], tuple[Tensor, Tensor] | None]
 def draw_pictures(
     board: Leaderboard, source: Source, contenders: Sequence[Contender], maps_of: MapsOf, model: nn.Module
 ) -> Pictures:
-    """Make again the maps of a few images, those of the sheet and the extreme cases, and draw them.
+    """Recompute the maps of a few images, those of the sheet and the extreme cases, and draw them.
 
     Of a one-time iterator only the first batch is there still; what is gone is not drawn.
 
@@ -64,7 +64,8 @@ def draw_pictures(
     if not columns:
         return Pictures()
     units = {contender.name: contender.unit for contender in contenders}
-    sheets = [_sheet(pictures[on_sheet], columns, units, _titles(model, batch, on_sheet, classes), note)]
+    titles = _titles(class_names(model, folders=source.class_folders), batch, on_sheet, classes)
+    sheets = [_sheet(pictures[on_sheet], columns, units, titles, note)]
     drawn: dict[tuple[str, int], Picture] = {}
     for unit in dict.fromkeys(units.values()):
         of_unit = {name: value for name, value in cases.items() if units[name] == unit and value[0]}
@@ -94,15 +95,11 @@ def _colours(x: Tensor, model: nn.Module) -> tuple[Tensor, str]:
     except (TypeError, ValueError):  # nobody tells the normalisation: the pictures are for orientation only
         low, high = x.float().aminmax()
         grey = ((x.float().cpu() - low.cpu()) / (high - low).clamp_min(1e-12).cpu()).mean(dim=1, keepdim=True)
-        return (
-            grey.expand(-1, 3, -1, -1),
-            " Images in grey, from their least to their largest value: the model does \
-not tell how its input is normalised.",
-        )
+        told = "Images in grey, from their least to their largest value: the model does not tell its normalisation."
+        return grey.expand(-1, 3, -1, -1), f" {told}"
 
 
-def _titles(model: nn.Module, batch: ImageBatch, rows: Sequence[int], classes: Sequence[int]) -> list[str]:
-    names = class_names(model)
+def _titles(names: list[str] | None, batch: ImageBatch, rows: Sequence[int], classes: Sequence[int]) -> list[str]:
     return [
         f"{names[index] if names else f'class {index}'} · {batch.names[row]}"
         for row, index in zip(rows, classes, strict=True)

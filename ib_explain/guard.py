@@ -1,4 +1,4 @@
-"""Code of the user's gets the host itself: what it may leave changed is put back, or told."""
+"""Runs code of the user's on the host itself: puts its buffers back, and raises where its weights were changed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def unharmed(host: nn.Module) -> Iterator[None]:
     """Buffers that are written to inside, such as running statistics in training mode, are put back.
 
     Raises:
-        HostChanged: the weights are others than before. They stay so: a copy of all would be too much to hold.
+        HostChanged: the weights were changed. They are not put back: a copy of all would be too much to hold.
     """
     before = _print(host)
     buffers = [(buffer, buffer.clone()) for buffer in host.buffers()]
@@ -43,7 +43,7 @@ def unharmed(host: nn.Module) -> Iterator[None]:
                 if buffer.shape != kept.shape or not torch.equal(buffer, kept):
                     buffer.data = kept if buffer.shape != kept.shape else buffer.data.copy_(kept)
     if _print(host) != before:
-        told = "the method changed the model's weights, and all results after it; explain a copy of the model in it"
+        told = "the method changed the model's weights; later results would be of another model: work on a copy in it"
         raise HostChanged(told) from problem
     if problem is not None:
         raise problem

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -198,9 +197,10 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
         raise ValueError(f"{path} is a folder, not a checkpoint" if path.is_dir() else f"no such checkpoint: {path}")
     try:
         found = timm.models.load_state_dict(str(path), weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, KeyError) as error:
-        told = "it is neither safetensors nor a state dict of torch's"  # torch's own words advise to load unsafely
-        told = told if isinstance(error, pickle.UnpicklingError) else _first_line(error)
+    except SafetensorError as error:
+        raise ValueError(f"cannot read checkpoint {path}: {_first_line(error)}") from None
+    except Exception:  # unpickling what is no pickle raises anything, and torch's own words advise to load unsafely
+        told = "it is neither safetensors nor a state dict of torch's"
         raise ValueError(f"cannot read checkpoint {path}: {told}") from None
     if not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"checkpoint {path} must hold named tensors, the state dict of a model")
@@ -208,7 +208,7 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
     missing, others = [k for k in expected if k not in found], [k for k in found if k not in expected]
     if missing or others:
         lacks = f"it lacks {len(missing)} of {len(expected)} tensors (first: {missing[0]})" if missing else ""
-        has = f"it has {len(others)} that the model has not (first: {others[0]})" if others else ""
+        has = f"it has {len(others)} that the model lacks (first: {others[0]})" if others else ""
         raise ValueError(f"checkpoint {path} does not fit {name}: {' and '.join(filter(None, (lacks, has)))}")
     wrong = [k for k in expected if expected[k].shape != found[k].shape]
     if wrong:

@@ -488,6 +488,15 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             return cls.load(Path(name).expanduser(), model)
         return super().from_pretrained(name, model=model, **hub)
 
+    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
+        """Upload what `save_pretrained` writes to a repository of the Hugging Face hub (private=, token=, ...).
+
+        Raises:
+            RuntimeError: not fitted; no repository is made then.
+        """
+        self._require_fitted()
+        return super().push_to_hub(repo_id, **hub)
+
     @property
     def multiplies_by_inputs(self) -> bool:
         return False

@@ -72,6 +72,8 @@ class Identity:
         facts: dict[str, Any] = {"method": "IBAttention", "fitted": ib.fitted, "gate": ib.gate}
         layer = ib.layer_name if ib.fitted else ib.asked_layer  # its first use settles the default
         facts |= {"layer": layer, "reads": ib.reads, "seed": ib.seed}
+        more = {"anchors": ib.anchors, "per_element": ib.per_element, "relevance": ib.relevance}
+        facts |= {name: value for name, value in more.items() if value}
         if ib.fitted:
             facts["weights"] = digest(ib.bottleneck.state_dict().values())
         return facts

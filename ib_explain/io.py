@@ -96,7 +96,7 @@ def check_host(folder: str | os.PathLike[str], config: dict[str, Any], model: nn
             names += f", not to this {ours['architecture']}"
         classes, others = config.get("classes"), getattr(unwrap(model), "num_classes", None)
         more = f" ({classes} classes there, {others} here)" if classes and others and classes != others else ""
-        raise ValueError(f"{folder} was fitted to a {names}: its parameters have other names or shapes{more}")
+        raise ValueError(f"{folder} was fitted to a {names}: names or shapes of the parameters differ{more}")
     # Rounded to another precision the same weights cannot be compared.
     if theirs["weights"] != ours["weights"] and theirs.get("precision") == ours["precision"]:
         told = f"{folder} was fitted to a {theirs['architecture']} with other weights"

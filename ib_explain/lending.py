@@ -131,7 +131,7 @@ def _eagerly() -> contextlib.AbstractContextManager[Any]:
 
 
 class Unfit(ValueError):
-    """A host that is no classifier, or images that are none of its; the text tells."""
+    """A host that is no classifier, or images that it does not accept; the message says which."""
 
 
 class HostArgs(tuple[Any, ...]):
@@ -150,7 +150,7 @@ class HostArgs(tuple[Any, ...]):
         return args
 
     def differ(self) -> bool:
-        """Whether the images have different ones."""
+        """Whether any argument differs between the images."""
         return any(bool((a != a[:1]).any()) for a in self if self._follows(a))
 
     def row(self, image: int) -> HostArgs:
@@ -167,7 +167,7 @@ class HostArgs(tuple[Any, ...]):
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether an error tells of too little memory or of a GPU that is gone, and nothing of what was run."""
+    """Whether an error is about memory or a lost GPU rather than about the code that ran."""
     broken = getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError)
     # The errors of the CPU, of cuBLAS and cuDNN, and of Apple's GPUs have no class of their own.
     words = ("allocate memory", "out of memory", "ALLOC_FAILED")

@@ -1,4 +1,4 @@
-"""What the features at a site are like over reference images: the measure of what is not fitted."""
+"""Statistics of the features at a site over reference images, for methods without a fit."""
 
 from __future__ import annotations
 

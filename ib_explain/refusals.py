@@ -1,4 +1,4 @@
-"""Images of a size that a host refuses: told as that, where the host alone fails alike, and nothing else is.
+"""Recognises a host's refusal of an image size, where the host alone fails alike, and says so in one line.
 
 A host's own errors, and those of memory, stay what they are.
 """

@@ -25,22 +25,30 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
+        self._sources: dict[str, str] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str, *, origin: Any = None) -> Callable[[T], T]:
         """Decorator that files the decorated object under `name`.
+
+        Args:
+            name: for `get`.
+            origin: the user's function that the object was made of, if it is not the object itself.
 
         Raises:
             TypeError: `name` is no text (the decorator needs one: `@register("mine")`), or the object is not callable.
-            ValueError: the name is empty or taken.
+            ValueError: the name is empty, or taken. Only what `__main__` defined is replaced, by what is called as it:
+                a notebook's cell can run again.
         """
         self.check_name(name)
 
         def file(entry: T) -> T:
             if not callable(entry):
                 raise TypeError(f"{self.kind} {name!r} must be callable, got {entry!r}")
-            if name in self._entries:
-                raise ValueError(f"{self.kind} {name!r} is already registered, to {self._entries[name]!r}")
-            self._entries[name] = entry
+            source = _called(entry if origin is None else origin)
+            again = source.startswith("__main__.") and source == self._sources.get(name)  # a notebook's cell, run again
+            if name in self._entries and not again:
+                raise ValueError(f"{self.kind} {name!r} is already registered, to {self._sources[name]}")
+            self._entries[name], self._sources[name] = entry, source
             return entry
 
         return file
@@ -74,3 +82,8 @@ class Registry(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _called(entry: Any) -> str:
+    """Module and qualified name."""
+    return f"{getattr(entry, '__module__', '')}.{getattr(entry, '__qualname__', repr(entry))}"

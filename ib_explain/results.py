@@ -250,7 +250,7 @@ class RunStore:
 
 
 def check_folder(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The content of run.json if `folder` holds a run with these settings, None if it is free for a new one.
+    """The content of run.json if `folder` holds a run with these settings, None if the folder can take a new run.
 
     Raises:
         ValueError: the folder is a file, holds results without a run.json, or another run.
@@ -278,9 +278,11 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
         known = run["format"]
         if known == FORMAT:
             run["settings"], run["info"], run["resumed"]  # noqa: B018 - that they are there
-    except (ValueError, KeyError, TypeError) as error:
-        told = f"{type(error).__name__}; delete it to begin again" if isinstance(error, ValueError) else repr(error)
+    except ValueError as error:
+        told = f"it cannot be read ({type(error).__name__}); delete it to begin again"
         raise ValueError(f"{path} is not a run of ib_explain: {told}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a run of ib_explain; choose another folder") from error
     if known != FORMAT:
         raise ValueError(f"{path} must have format {FORMAT}, got {known!r}")
     return run

@@ -86,6 +86,8 @@ def truths_of(parts: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
     size, truths = (int(x.shape[2]), int(x.shape[3])), {}
     masks = parts.get("mask")
     if masks is None and "boxes" in parts:
+        if len(parts["boxes"]) != len(x):
+            raise ValueError(f"boxes must hold one tensor for each of the {len(x)} images, got {len(parts['boxes'])}")
         masks = boxes_to_masks(parts["boxes"], size)
     for name, value, kind in (("masks", masks, "bool"), ("density", parts.get("density"), "floating-point")):
         if value is None:

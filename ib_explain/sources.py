@@ -13,6 +13,7 @@ from ib_explain.checks import check_positive_int
 from ib_explain.data.gaze import GazeImages
 from ib_explain.data.images import images_of
 from ib_explain.data.loaders import has_plan, with_plan
+from ib_explain.data.origins import class_folders, root_of
 from ib_explain.data.preprocessing import Preprocess
 from ib_explain.data.synthetic import Synthetic
 from ib_explain.randomness import generator_of, own_generators_seeded, seeded
@@ -40,6 +41,8 @@ class Source:
         first: the first batch.
         sizes: number of images in each batch, None where the data has no length.
         readable_again: False for a one-time iterator.
+        class_folders: names of the classes, where the data has a folder for each.
+        root: the folder that the pictures lie in, where the data tells it.
 
     Raises:
         TypeError: data that is no iterable of such batches.
@@ -67,6 +70,7 @@ class Source:
         self.loader = _loader_of(data)
         self.plan = None if self.loader is None else self._plan(self.loader)
         self.readable_again = not hasattr(data, "__next__")
+        self.class_folders, self.root = class_folders(data), root_of(data)
         self._rest: Iterator[Any] | None = None if self.readable_again else iter(data)
         reading = self._read_plan([0]) if self.plan else self._read_through()
         found = next(reading, None)

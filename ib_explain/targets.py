@@ -1,4 +1,4 @@
-"""Which class is explained: None, int, list or tensor to class indices (B,), and the score of those classes."""
+"""Which class is explained: turns None, an int, a list or a tensor into class indices (B,); scores of classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of a fit after the other: what a batch costs, what moves the attention, and what a run carries over.
+"""The training loop's step: what a batch costs, what moves the attention, and what a run carries over.
 
 The loss is the target's cross-entropy behind the bottleneck plus beta times the rate (`ib_explain.objective`). Beta is
 found, not tuned: it is a fixed multiple of what is at stake in each image, the divergence of the host's prediction from

@@ -52,7 +52,7 @@ def visualize(
     mean: Channels = None,
     std: Channels = None,
     titles: Sequence[str] | None = None,
-    unit: str | Mapping[str, str] = "bits",
+    unit: str | Mapping[str, str] | None = None,
     scale: str = "shared",
 ) -> Figure:
     """Draw a row per image: the picture, then each map over it, with a colour bar for each unit.
@@ -65,7 +65,8 @@ def visualize(
         mean, std: of the normalisation, one number or one a channel, where `model` does not tell them.
         titles: one a row, such as the class that is explained.
         unit: what the maps measure, written on the colour bar; a mapping of names to units where they differ. For
-            "bits" and "label bits", amounts, the sum of each map is written below it.
+            "bits" and "label bits", amounts, the sum of each map is written below it. By default a map that is called
+            as a registered method has that method's unit, any other is in bits.
         scale: "shared", one scale for all maps of a unit; "row", one for each image and unit, for patterns of images
             whose amounts differ widely: rows can then not be compared.
 
@@ -325,6 +326,8 @@ def _columns(maps: Any, unit: Any, batch: int, size: tuple[int, int]) -> list[_C
             raise ValueError(
                 f"unit must name a unit for each map, got none for {lacking[0]!r}; maps: {[n for n, _ in listed]}"
             )
+    elif unit is None:
+        unit = {name: _unit_of(name) if name else "bits" for name, _ in listed}
     elif not isinstance(unit, str):
         raise TypeError(f"unit must be a string or a mapping of map names to strings, got {type(unit).__name__}")
     return [
@@ -333,6 +336,13 @@ def _columns(maps: Any, unit: Any, batch: int, size: tuple[int, int]) -> list[_C
         )
         for name, m in listed
     ]
+
+
+def _unit_of(name: str) -> str:
+    """What maps of the method of this name measure; bits where there is no such method."""
+    from ib_explain.methods import METHODS
+
+    return str(getattr(METHODS.get(name), "unit", "bits")) if name in METHODS else "bits"
 
 
 def _checked_titles(titles: Any, batch: int) -> list[str]:

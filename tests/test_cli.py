@@ -119,6 +119,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, said, capsys):
     assert said in fails(capsys, *words)
 
 
+def test_options_that_contradict_each_other_are_refused(host, pictures, tmp_path, capsys):
+    assert "got both; leave one out" in fails(capsys, "layers", *host, "--pretrained")
+    picture = pictures / "train" / "a" / "0.png"
+    assert "--split goes with --data" in fails(capsys, "attribute", *host, picture, "--split", "train")
+    two = tmp_path / "two"
+    for split in ("train", "val"):
+        shutil.copytree(pictures / "train", two / split)
+    line = fails(capsys, "fit", *host, "--data", two, "--out", tmp_path / "ib")
+    assert line == f"{two} holds the splits train, val; say which with split (--split)"
+    data = ["--data", pictures, "--split", "train"]
+    small = ["--methods", "random", "--metrics", "tied_share"]
+    assert "out must not lie in the folder of the data" in fails(
+        capsys, "benchmark", *host, *data, *small, "--out", pictures / "train"
+    )
+    line = fails(capsys, "benchmark", *host, *data, *small, "--layer", "fc", "--out", tmp_path / "board")
+    assert "layer 'fc' has no spatial grid" in line and not (tmp_path / "board").exists()
+
+
 def test_a_checkpoint_that_does_not_fit_says_what_was_expected_and_what_came(weights, tmp_path, capsys):
     line = fails(capsys, "layers", "test_resnet", "--checkpoint", weights)
     assert "fc.weight must be (1000, 96), got (5, 96), and 1 more; try --num-classes 5" in line
@@ -126,6 +144,15 @@ def test_a_checkpoint_that_does_not_fit_says_what_was_expected_and_what_came(wei
     assert "does not fit test_vit: it lacks" in line and "and it has" in line
     (tmp_path / "text.safetensors").write_text("no weights at all")
     assert "cannot read checkpoint" in fails(capsys, "layers", *MODEL, "--checkpoint", tmp_path / "text.safetensors")
+    for name, content in (
+        ("table.csv", b"a,b\n1,2\n"),
+        ("cut.pt", b""),
+        ("picture.jpg", b"\xff\xd8\xff\xe0"),
+        ("x.pkl", b"N."),
+    ):
+        (tmp_path / name).write_bytes(content)
+        line = fails(capsys, "layers", *MODEL, "--checkpoint", tmp_path / name)
+        assert line.endswith(f"{name}: it is neither safetensors nor a state dict of torch's")
     torch.save({"state_dict": {"epoch": 3}}, tmp_path / "other.pt")
     assert "must hold named tensors" in fails(capsys, "layers", *MODEL, "--checkpoint", tmp_path / "other.pt")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -66,6 +67,11 @@ def test_a_second_demo_replaces_the_first_and_nothing_else(made, tmp_path, capsy
     (out / "notes.txt").write_text("mine")
     run_demo(out, settings=TINY)
     assert (out / "notes.txt").read_text() == "mine"
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "demo.json").write_text("my own")
+    with pytest.raises(ValueError, match="holds no demo but other files"):
+        run_demo(tmp_path / "own", settings=TINY)
+    shutil.rmtree(tmp_path / "own")
     (tmp_path / "thesis.tex").write_text("mine, too")
     capsys.readouterr()
     assert main(["demo", "--out", str(tmp_path)]) == 2

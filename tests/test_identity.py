@@ -150,3 +150,11 @@ def test_another_version_of_a_method_or_metric_of_a_users_is_not_the_stored_one(
     with pytest.raises(ValueError, match=r"holds another run"):
         for masks in (8, 16):
             measure(host, [x], {"rise": ("rise", {"masks": np.int64(masks)})}, ["deletion"], out=tmp_path / "option")
+
+
+def test_unfitted_bottlenecks_of_other_options_are_others(tmp_path):
+    host, x = tiny(), images(2)
+    measure(host, [x], {"ib": ibx.IBAttention(host, "stages.1")}, ["deletion"], out=tmp_path)
+    for options in ({"per_element": True}, {"anchors": 4}, {"relevance": True}):
+        with pytest.raises(ValueError, match="holds another run: methods.ib"):
+            measure(host, [x], {"ib": ibx.IBAttention(host, "stages.1", **options)}, ["deletion"], out=tmp_path)

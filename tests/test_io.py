@@ -140,6 +140,17 @@ def test_from_pretrained_reads_a_local_folder_and_push_to_hub_uploads_the_same_f
     ib.push_to_hub("someone/bottleneck")
     assert uploaded["bottleneck.safetensors"] == (path / "bottleneck.safetensors").read_bytes()
     assert "config.json" in uploaded
+    made = []
+    monkeypatch.setattr(Api, "create_repo", lambda self, repo_id, **_: made.append(repo_id))
+    with pytest.raises(RuntimeError, match="not fitted"):
+        IBAttention(tiny()).push_to_hub("someone/nothing")
+    assert made == []
+
+
+def test_who_may_read_a_folder_may_read_what_is_saved_in_it(saved, tmp_path):
+    ib, _ = saved
+    ib.save(tmp_path / "b")
+    assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "b").iterdir()} == {"0o644"}
 
 
 def test_a_failed_save_leaves_the_older_folder(saved, tmp_path, monkeypatch):

@@ -320,6 +320,40 @@ def test_a_function_under_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert {"method", "source"} == board.run["settings"]["methods"]["brightness"].keys()
 
 
+def test_a_registered_function_has_gradients_as_one_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
+
+    @register_method("plain_gradient")
+    def plain_gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        x.requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).gather(1, target[:, None]).sum(), x)
+        return slope.abs().sum(1)
+
+    host, x = host_of("test_resnet"), images()
+    with torch.no_grad():
+        assert torch.equal(
+            ibx.attribute(host, x, method="plain_gradient"), ibx.attribute(host, x, method=plain_gradient)
+        )
+
+
+def test_only_a_notebooks_cell_may_register_a_name_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
+
+    def mine(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        return x[:, 0]
+
+    register_method("mine")(mine)
+    with pytest.raises(ValueError, match=r"'mine' is already registered, to tests\.test_methods_contract\..*mine$"):
+        register_method("mine")(mine)
+    cell = "@register_method('cell')\ndef cell(model, x, target):\n    return x[:, {}]\n"
+    for channel in (0, 1):
+        exec(cell.format(channel), {"register_method": register_method, "__name__": "__main__"})
+    host, x = host_of("test_resnet"), images()
+    assert torch.equal(ibx.attribute(host, x, method="cell"), x[:, 1:2])
+    with pytest.raises(ValueError, match="method 'ib' is already registered"):
+        exec(cell.replace("'cell'", "'ib'").format(0), {"register_method": register_method, "__name__": "__main__"})
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_unit_and_first_line(method: str) -> None:
     assert isinstance(METHODS.get(method).unit, str)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ib_explain import IBAttention, attribute
-from ib_explain.metrics.cost import _metered, _peak_bytes, _time_ratios, count_passes, measure_cost
+from ib_explain.metrics.cost import _metered, _time_ratios, count_passes, measure_cost, peak_bytes
 from tests.models import images, tiny
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_counting_leaves_the_fused_attention_switch_and_the_host_alone():
     ],
 )
 def test_peak_memory_on_the_cpu_by_hand(run, expected):
-    assert [_peak_bytes(run, CPU) for _ in range(3)] == [expected] * 3
+    assert [peak_bytes(run, CPU) for _ in range(3)] == [expected] * 3
 
 
 def test_the_meter_does_not_outlive_the_measurement():
@@ -137,7 +137,7 @@ def test_the_meter_does_not_outlive_the_measurement():
 
 def test_what_was_there_before_is_no_memory_of_the_method():
     held = torch.zeros(1000)
-    assert _peak_bytes(lambda: held.view(10, 100).sum(), CPU) == 4
+    assert peak_bytes(lambda: held.view(10, 100).sum(), CPU) == 4
 
 
 def test_peak_memory_of_a_host_by_hand_and_of_twice_the_rows():
@@ -148,7 +148,7 @@ def test_peak_memory_of_a_host_by_hand_and_of_twice_the_rows():
             model(rows)
 
     # The first block holds its input, both convolutions and their sum: 8 channels of 12 x 12 for 4 images each.
-    assert _peak_bytes(lambda: run(x), CPU) == 4 * (4 * 8 * 12 * 12) * 4
+    assert peak_bytes(lambda: run(x), CPU) == 4 * (4 * 8 * 12 * 12) * 4
 
     def doubled(model, x, target):
         with torch.no_grad():

@@ -198,7 +198,7 @@ def test_a_batch_whose_curves_cannot_be_read_is_not_finished(tmp_path):
     (curve,) = RunStore.read(tmp_path / "run").curves()
     np.testing.assert_array_equal(curve.scores, expected.scores)
     (tmp_path / "run" / "run.json").write_text('{"format": 1}')
-    with pytest.raises(ValueError, match="run.json is not a run of ib_explain: KeyError"):
+    with pytest.raises(ValueError, match="run.json is not a run of ib_explain; choose another folder"):
         RunStore.read(tmp_path / "run")
 
 

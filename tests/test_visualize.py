@@ -91,6 +91,12 @@ def test_units_have_their_own_scales_and_bars(x, heat):
     assert ends[0] == ends[2] and ends[1] > 20 * ends[0]
 
 
+def test_a_map_called_as_a_method_has_its_unit(x, heat):
+    figure = visualize(x, {"ib": heat, "grad_cam": 100 * heat, "by eye": heat})
+    labels = [bar.get_xlabel().removesuffix(", non-negative") for bar in bars(figure)]
+    assert labels == ["bits per pixel", "gradient x feature", "bits per pixel"]
+
+
 def test_signed_maps_are_symmetric_about_zero(x, heat):
     figure = visualize(x, heat - 0.3, unit="relevance")
     low, high = bars(figure)[0].get_xlim()

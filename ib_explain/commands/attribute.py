@@ -23,7 +23,6 @@ from ib_explain.attribution import attribute as make_maps
 from ib_explain.checks import did_you_mean
 from ib_explain.commands.common import (
     check_data,
-    class_folders,
     has_timm_weights,
     load_with_size,
     plain_name,
@@ -31,6 +30,7 @@ from ib_explain.commands.common import (
 )
 from ib_explain.commands.map_folder import SHEET, MapFolder, digest_of, plan_names
 from ib_explain.data.images import ImageFiles, LabelledImages, UnreadableImage, list_images, open_dataset
+from ib_explain.data.origins import class_folders
 from ib_explain.data.preprocessing import Preprocess
 from ib_explain.hosts import class_names
 from ib_explain.ib import IBAttention
@@ -149,6 +149,8 @@ def _check(args: argparse.Namespace) -> tuple[str, tuple[int, int, int] | None]:
     data = args.data is not None or bool(args.dataset)
     if data == bool(args.images):
         raise ValueError(f"name images, or --data ROOT, got {'both' if data else 'neither'}")
+    if args.split is not None and args.images:
+        raise ValueError("--split goes with --data, not with images by name")
     if args.bottleneck is None:
         if args.refine:
             raise ValueError("--refine starts from a fitted bottleneck; give --bottleneck FOLDER")

@@ -21,6 +21,7 @@ from ib_explain.io import read_folder
 from ib_explain.methods import METHODS
 from ib_explain.metrics import METRICS
 from ib_explain.samples import TRUTHS
+from ib_explain.sites import resolve_site
 from ib_explain.sources import BATCH
 
 __all__ = ["run"]
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         channels, height, width = read_folder(args.bottleneck)[1]["input_size"]
         fitted_size = channels, height, width
     host, size = load_with_size(args, fitted_size)
+    if args.layer is not None:
+        resolve_site(host, args.layer, size)  # refuses one without a grid, where all methods that look at it would fail
     contenders: dict[str, Any] = {}
     if args.bottleneck is not None:
         contenders[FITTED] = IBAttention.load(args.bottleneck, host)

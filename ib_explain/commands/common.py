@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +18,6 @@ from ib_explain.sites import input_size_of
 
 __all__ = [
     "check_data",
-    "class_folders",
     "has_timm_weights",
     "load_with_size",
     "note",
@@ -37,6 +35,8 @@ def load_with_size(
     Raises:
         ValueError: as `load_host`; or the host refuses inputs of that size, or is no image classifier.
     """
+    if args.pretrained and args.checkpoint is not None:
+        raise ValueError("weights come from --pretrained or from --checkpoint FILE, got both; leave one out")
     wanted = args.input_size or (fitted_size[1:] if fitted_size else None)
     host = load_host(
         args.model,
@@ -72,14 +72,6 @@ def check_data(args: argparse.Namespace) -> None:
     """Fail before the host is loaded if the data cannot be there."""
     if args.data is not None and not args.dataset and not args.data.exists():
         raise ValueError(f"no such folder or tar file: {args.data}; a data set by timm's name goes into --dataset")
-
-
-def class_folders(data: Any) -> list[str] | None:
-    """Names of the data's class folders, in the order of their indices, or None where there are none."""
-    reader = getattr(data, "reader", None)
-    # timm's readers of folders and of tar files call it differently.
-    indices: dict[str, int] = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
-    return sorted(indices, key=lambda name: indices[name]) or None
 
 
 def times(sizes: Sequence[int]) -> str:

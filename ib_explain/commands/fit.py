@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ib_explain.checkpoints import CHECKPOINT_FILES
 from ib_explain.commands.common import (
     check_data,
-    class_folders,
     load_with_size,
     note,
     plain_name,
@@ -22,6 +21,7 @@ from ib_explain.commands.common import (
     times,
 )
 from ib_explain.data.images import ImageFiles, LabelledImages, UnreadableImage, open_dataset
+from ib_explain.data.origins import class_folders
 from ib_explain.files import check_replaceable, remove_folder
 from ib_explain.ib import IBAttention
 from ib_explain.io import FILES

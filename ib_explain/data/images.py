@@ -30,6 +30,7 @@ Transform = Callable[[Image.Image], Any]
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
+_SPLITS = {name for group in _SYNONYMS for name in group} | {"test", "testing"}
 
 
 class UnreadableImage(ValueError):
@@ -143,9 +144,9 @@ def open_dataset(
         try:
             dataset = create_dataset(name, None if root is None else str(root), split=split or "validation")
         # Each of timm's readers refuses a name, a root or a split in its own way.
-        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
             told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            hint = "; does it need a root?" if root is None else ""
+            hint = "; does it need a root?" if root is None and not isinstance(error, ImportError) else ""
             raise ValueError(f"timm cannot open the data set {name!r}{hint} ({told})") from error
     else:
         place = _find_split(root, split)
@@ -208,6 +209,8 @@ def _find_split(root: str | Path | None, split: str | None) -> Path:
     if not place.exists():
         raise ValueError(f"no such folder or tar file: {root}; a data set by timm's name goes into name=")
     if split is None:
+        if place.is_dir() and len(splits := _split_names(place)) > 1:
+            raise ValueError(f"{place} holds the splits {', '.join(splits)}; say which with split (--split)")
         return place
     if place.is_file():
         raise ValueError(
@@ -219,6 +222,12 @@ def _find_split(root: str | Path | None, split: str | None) -> Path:
             return candidate
     there = sorted(entry.name for entry in place.iterdir() if entry.is_dir() or entry.suffix == ".tar")
     raise ValueError(f"no split {split!r} in {place}; there: {', '.join(there[:12]) or 'no folder and no tar file'}")
+
+
+def _split_names(place: Path) -> list[str]:
+    """Folders in `place` that are called as splits are, if there are no others."""
+    folders = sorted(entry.name for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return folders if set(folders) <= _SPLITS else []
 
 
 @contextlib.contextmanager

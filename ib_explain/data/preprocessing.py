@@ -130,8 +130,8 @@ def preprocess(
     model: nn.Module,
     *,
     size: int | tuple[int, int] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
     crop_pct: float | None = None,
     crop_mode: CropMode | None = None,
     interpolation: str | None = None,
@@ -144,7 +144,7 @@ def preprocess(
     Args:
         model: the host.
         size: side, or (H, W), of the input.
-        mean: of each channel, for pixels in [0, 1].
+        mean: of each channel, or one number for all, for pixels in [0, 1].
         std: likewise, > 0.
         crop_pct: in (0, 1].
         crop_mode: "center", "squash" or "border".
@@ -172,8 +172,8 @@ def preprocess(
         raise ValueError(f"{name} carries no preprocessing of timm's (pretrained_cfg); give {', '.join(missing)}")
     result = Preprocess(
         size=(check_positive_int(config["size"][0], "size"), check_positive_int(config["size"][1], "size")),
-        mean=tuple(float(value) for value in config["mean"]),
-        std=tuple(float(value) for value in config["std"]),
+        mean=_channels(config["mean"]),
+        std=_channels(config["std"]),
         crop_pct=float(config["crop_pct"]),
         crop_mode=config["crop_mode"],
         interpolation=config["interpolation"],
@@ -185,6 +185,10 @@ def preprocess(
     if len(result.mean) != 3 or len(result.std) != 3 or min(result.std) <= 0:
         raise ValueError(f"mean and std must hold 3 values, std > 0, got {result.mean} and {result.std}")
     return result
+
+
+def _channels(given: float | Sequence[float]) -> tuple[float, ...]:
+    return (float(given),) * 3 if isinstance(given, int | float) else tuple(float(value) for value in given)
 
 
 def _offset(there: int, window: int) -> int:

@@ -129,7 +129,8 @@ def register_method(name: str) -> Callable[[M], M]:
             raise TypeError(f"method {name!r} must be a class or a function f(model, x, target), got {method!r}")
         if isinstance(method, type) and "__call__" not in dir(method):
             raise TypeError(f"method {name!r} needs __call__(self, call) -> maps; {method.__name__} has none")
-        METHODS.register(name)(method if isinstance(method, type) else _of_function(name, method))
+        entry = method if isinstance(method, type) else _of_function(name, method)
+        METHODS.register(name, origin=method)(entry)
         return method
 
     return file
@@ -143,7 +144,7 @@ def _of_function(name: str, given: Callable[[nn.Module, Tensor, Tensor], Any]) -
 
         def __call__(self, call: Call) -> Any:
             call.refuse_layer(name)
-            with unharmed(call.model):
+            with unharmed(call.model), torch.enable_grad():  # as a function that is given without a name
                 return given(call.model, call.x.detach().clone(), call.classes().clone())
 
     Function.__doc__ = given.__doc__

@@ -25,12 +25,13 @@ NEEDS = ("model", "maps", "explain", "masks", "density", "fixations", "other", "
 
 @dataclass(frozen=True)
 class Curve:
-    """The host's score of the target class while an image is taken apart or put together."""
+    """What is measured while an image is taken apart or put together: mostly the host's score of the target class."""
 
     fractions: Tensor
     """(S+1,) float32 in [0, 1]: share of the pixels (or tiles) that were replaced or, for insertion, put back."""
     scores: Tensor
-    """(B, S+1) float32, end points included."""
+    """(B, S+1) float32, at the fractions: with both end points but for ROAD (only 0) and `sensitivity_n` (neither, and
+    correlations)."""
     auc: Tensor
     """(B,) float32: one number an image; the function that made the curve says by which rule."""
     tied: Tensor
@@ -179,7 +180,7 @@ def register_metric(
     def file(score: Callable[[Case], Tensor]) -> Callable[[Case], Tensor]:
         if not callable(score):
             raise TypeError(f"metric {name!r} must be a function of a Case, got {score!r}")
-        METRICS.register(name)(Metric(name, family, unit, higher_is_better, needs, score, derived))
+        METRICS.register(name, origin=score)(Metric(name, family, unit, higher_is_better, needs, score, derived))
         return score
 
     return file

@@ -84,7 +84,7 @@ def measure_cost(model: nn.Module, x: Tensor, explain: Explain, target: Target =
 
         plain(), method()
         forwards, backwards = _passes(host, x, classes, method)
-        memory = _peak_bytes(method, x.device), _peak_bytes(plain, x.device)
+        memory = peak_bytes(method, x.device), peak_bytes(plain, x.device)
         ratios = _time_ratios(method, plain, rounds, x.device)
     ratio = memory[0] / memory[1] if memory[1] else float("nan")
     return Cost(forwards, backwards, statistics.median(ratios), (min(ratios), max(ratios)), ratio)
@@ -201,7 +201,8 @@ def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
 
 
-def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes that tensors made by `run()` hold at once: on CUDA by torch's own count, else of tensors alone."""
     if device.type != "cuda":
         with _metered() as meter:
             run()

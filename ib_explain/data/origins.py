@@ -1,0 +1,45 @@
+"""Where the pictures of a data set lie, and what its class folders are called."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Subset
+
+from ib_explain.data.boxes import BoxImages
+from ib_explain.data.images import ImageFiles
+
+__all__ = ["class_folders", "root_of"]
+
+
+def class_folders(data: Any) -> list[str] | None:
+    """Names of the class folders in the order of their indices, or None where there are none.
+
+    Args:
+        data: a data set as `open_dataset` or torchvision opens it, a part of one, or a loader of it.
+    """
+    data = _behind(data)
+    reader = getattr(data, "reader", None)
+    # timm's readers of folders and of tar files and torchvision's data sets call it differently.
+    owners = ((reader, "class_to_idx"), (reader, "class_name_to_idx"), (data, "class_to_idx"))
+    indices: dict[str, int] = next((found for owner, name in owners if (found := getattr(owner, name, None))), {})
+    return sorted(indices, key=lambda name: indices[name]) or None
+
+
+def root_of(data: Any) -> Path | None:
+    """The folder that all picture files lie in, or None where the data set is none of files or does not tell."""
+    data = _behind(data)
+    if isinstance(data, ImageFiles):
+        return Path(os.path.commonpath([file.absolute().parent for file in data.files]))
+    holder = data if hasattr(data, "samples") else getattr(data, "reader", None)  # torchvision's folders, or timm's
+    root = getattr(holder, "root", None)
+    return Path(root) if isinstance(root, str | os.PathLike) else None
+
+
+def _behind(data: Any) -> Any:
+    """The data set behind loaders, parts and boxes."""
+    while isinstance(data, DataLoader | Subset | BoxImages):
+        data = data.images if isinstance(data, BoxImages) else data.dataset
+    return data
