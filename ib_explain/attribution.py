@@ -16,7 +16,7 @@ from ib_explain.checks import check_images, check_maps, check_positive_int, take
 from ib_explain.facts import with_fresh_facts
 from ib_explain.guard import unharmed
 from ib_explain.layouts import map_tensors
-from ib_explain.lending import frozen, run_host
+from ib_explain.lending import HostArgs, frozen, run_host
 from ib_explain.methods.base import METHODS, Call
 from ib_explain.modules import host_device, unwrap
 from ib_explain.progress import Progress
@@ -68,6 +68,7 @@ def attribute(
     run = method_runner(method, options)
     seed = check_seed(seed)
     size = len(x) if batch_size is None else check_positive_int(batch_size, "batch_size")
+    args = options.get("additional_forward_args") if hasattr(method, "attribute") else None
     with (
         frozen(model) as host,
         seeded(seed),
@@ -78,7 +79,7 @@ def attribute(
             target = spread_target(target, len(x)).to(x.device)
             if not getattr(method if hasattr(method, "attribute") else run, "resolves_target", False):
                 with torch.no_grad():
-                    classes = run_host(host, x[:1]).shape[1]
+                    classes = run_host(host, x[:1], HostArgs.of(args, len(x)).row(0)).shape[1]
                 target = resolve_target(target, x.new_zeros(len(x), classes))
         maps = []
         for start in range(0, len(x), size):
@@ -87,7 +88,8 @@ def attribute(
             chosen = None if target is None else target[rows]
             if hasattr(method, "attribute"):
                 run = method_runner(method, {name: _rows(name, value, x, rows) for name, value in options.items()})
-            explain = functools.partial(run_method, run, Call(host, part, chosen, layer, seed, batch_size))
+            more = HostArgs.of(_rows("additional_forward_args", args, x, rows), len(part))
+            explain = functools.partial(run_method, run, Call(host, part, chosen, layer, seed, batch_size, more))
             maps.append(as_maps(with_fresh_facts(host, explain), part))
             progress.step(len(part))
     return torch.cat(maps)
@@ -124,8 +126,11 @@ def method_runner(method: Any, options: dict[str, Any]) -> Callable[[Call], Any]
         return method
     if hasattr(method, "attribute"):
         take = method.attribute
-        known = sorted(_keywords(take) - {"inputs", "target"})
-        chosen = take_options(options, known, f"{type(method).__name__}.attribute")
+        chosen = options
+        if not _takes_any(take):  # as NoiseTunnel does, for the method that it wraps
+            chosen = take_options(
+                options, sorted(_keywords(take) - {"inputs", "target"}), f"{type(method).__name__}.attribute"
+            )
         if getattr(method, "resolves_target", False):  # ours: None is the top-1, found in the same pass
             return _Fitted(take, chosen)
 
@@ -211,6 +216,11 @@ def _keywords(function: Callable[..., Any]) -> set[str]:
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
+
+
+def _takes_any(function: Callable[..., Any]) -> bool:
+    """Whether it has **kwargs."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
 def as_maps(maps: Any, x: Tensor) -> Tensor:

@@ -64,6 +64,8 @@ def check_images(
         raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(x.shape)}{hint}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be normalised floating-point images, got {x.dtype}")
+    if x.is_meta:
+        raise ValueError(f"{name} is on the meta device: it has a shape and no values")
     if x.numel() == 0:
         raise ValueError(f"{name} must hold at least one image, got shape {tuple(x.shape)}")
     if channels is not None and x.shape[1] != channels:

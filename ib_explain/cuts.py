@@ -154,8 +154,11 @@ class CleanPass:
             weights = normal(generator_of(1), *logits.shape).to(logits.device)
             try:
                 (gradient,) = torch.autograd.grad((logits * weights).sum(), features, allow_unused=True)
-            except CheckpointError:
-                return None  # the layer runs inside torch.utils.checkpoint, which ran it again without our change
+            except RuntimeError as error:
+                # The layer runs inside torch.utils.checkpoint, which ran it again without our change, or refuses.
+                if isinstance(error, CheckpointError) or "use_reentrant" in str(error):
+                    return None
+                raise
         return None if gradient is None else gradient.float()
 
 

@@ -150,7 +150,8 @@ class Layout:
         changed: dict[tuple[int | str, ...], Tensor] = {self.path: new_leaf}
         for path, mean in zip(self.others, held, strict=True):
             other = _pick(output, path)
-            changed[path] = mean.to(other.dtype).expand(len(tokens), *mean.shape[1:]).reshape(other.shape)
+            shape = other.unflatten(0, (len(tokens), -1)).shape
+            changed[path] = _of_size(mean.to(other.dtype), shape).reshape(other.shape)
         return _replace(output, changed)
 
     def side_of(self, output: Any) -> list[Tensor]:
@@ -181,6 +182,12 @@ class Layout:
         unfolded = moved.permute(*(order.index(axis) for axis in range(len(shape))))
         folded = unfolded.flatten(0, 1) if self.fold > 1 else unfolded
         return folded.movedim(0, self.batch_axis)
+
+
+def _of_size(mean: Tensor, shape: torch.Size) -> Tensor:
+    """A mean over images, (1, ...), for all images; for inputs of another size also over the axes that differ."""
+    others = [axis for axis in range(1, mean.ndim) if mean.shape[axis] != shape[axis]]
+    return (mean.mean(others, keepdim=True) if others else mean).expand(shape)
 
 
 def leaves(output: Any, path: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple[int | str, ...], Tensor]]:

@@ -77,7 +77,8 @@ def location_price(seen: Observation, masked: Tensor | None = None) -> Tensor:
         evidence = evidence + resize(standardised((weights * features.float()).sum(dim=1, keepdim=True)), grid)
     if masked is not None:
         evidence = standardised(evidence) + standardised(masked.float())
-    price = torch.exp(-CONTRAST * standardised(evidence))
+    exponent = -CONTRAST * standardised(evidence)
+    price = torch.exp(exponent - exponent.amax(dim=(2, 3), keepdim=True))  # finite also where one place stands out
     return price / price.mean(dim=(2, 3), keepdim=True)
 
 

@@ -81,9 +81,9 @@ def observe(
         if name == site.name:
             kept[name] = map_tensors(output, Tensor.detach)
             if gradient:
-                torch.set_grad_enabled(True)
                 leaf = site.layout.to_grid(kept[name]).detach().requires_grad_()
-                return site.layout.with_grid(kept[name], leaf.clone())
+                with torch.enable_grad():
+                    return site.layout.with_grid(kept[name], leaf.clone())
         else:
             layouts[name].to_grid(output)  # refuses what does not fit
             kept[name] = layouts[name].tensor(output)
@@ -91,9 +91,11 @@ def observe(
         return map_tensors(output, Tensor.clone)
 
     recorder = TailRecorder(host, site.name) if site.skippable else contextlib.nullcontext()
-    with torch.no_grad():
+    # From the first layer on, since a host with a no_grad block of its own goes back to what was there before the
+    # block. Up to the site nothing is recorded: neither the images nor the frozen parameters want gradients.
+    with torch.set_grad_enabled(gradient):
         with capture(host, layouts, at=at), recorder:
-            logits = run_host(host, x, args)
+            logits = run_host(host, x.detach(), args)
         classes = target(logits.detach()) if callable(target) else resolve_target(target, logits.detach())
         gradients: list[Tensor] = []
         if gradient and leaf is not None:

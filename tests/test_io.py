@@ -153,6 +153,13 @@ def test_who_may_read_a_folder_may_read_what_is_saved_in_it(saved, tmp_path):
     assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "b").iterdir()} == {"0o644"}
 
 
+def test_a_crash_between_the_renames_of_a_save_loses_nothing(saved, tmp_path):
+    ib, _ = saved
+    ib.save(tmp_path / "b")
+    (tmp_path / "b").rename(tmp_path / ".b.set-aside")  # where a crash leaves it
+    assert IBAttention.load(tmp_path / "b", ib.host).fitted
+
+
 def test_a_failed_save_leaves_the_older_folder(saved, tmp_path, monkeypatch):
     ib, _ = saved
     ib.save(tmp_path / "b")

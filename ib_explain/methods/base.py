@@ -36,6 +36,7 @@ class Call:
         layer: as the user gave it, or None for the method's own default.
         seed: of everything random.
         batch_size: rows in one forward pass at most; None leaves it to the method. Never changes the result.
+        args: further arguments of the host's forward, where an object of Captum's was given them.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Call:
     layer: str | nn.Module | None
     seed: int
     batch_size: int | None
+    args: tuple[Any, ...] = ()
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -65,7 +67,7 @@ class Call:
         if isinstance(self.target, Tensor) and self.target.shape == self.x.shape[:1] and int(self.target.min()) >= 0:
             return self.target
         with torch.no_grad():
-            return resolve_target(self.target, run_host(self.model, self.x))
+            return resolve_target(self.target, run_host(self.model, self.x, self.args))
 
     def refuse_layer(self, name: str) -> None:
         """For methods that look at the input alone: a layer is a ValueError, not silently unused."""

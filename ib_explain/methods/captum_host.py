@@ -121,6 +121,12 @@ def _restored(host: nn.Module) -> Iterator[None]:
             module.__dict__.clear()
             module.__dict__.update(attributes)
             for held, items in contents:  # the same dict objects: handles of the user's own hooks point to them
-                if list(held.items()) != items:
+                same = len(held) == len(items) and all(map(_same_item, held.items(), items))
+                if not same:
                     held.clear()
                     held.update(items)
+
+
+def _same_item(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+    """The same name and the very same object: tensors, which a host may keep in a dict, have no plain equality."""
+    return one[0] == other[0] and one[1] is other[1]
