@@ -17,6 +17,7 @@ from ib_explain.facts import with_fresh_facts
 from ib_explain.guard import unharmed
 from ib_explain.layouts import map_tensors
 from ib_explain.lending import HostArgs, frozen, run_host
+from ib_explain.maps import resize
 from ib_explain.methods.base import METHODS, Call
 from ib_explain.modules import host_device, unwrap
 from ib_explain.progress import Progress
@@ -106,15 +107,11 @@ def _rows(name: str, option: Any, x: Tensor, rows: slice) -> Any:
 
 def available_methods() -> dict[str, str]:
     """Every registered method with one line about it."""
-    import ib_explain.methods  # noqa: F401 - fills the registry
-
     return METHODS.summaries()
 
 
 def method_runner(method: Any, options: dict[str, Any]) -> Callable[[Call], Any]:
     """Turn whatever the user wants to compare into a function of a `Call`."""
-    import ib_explain.methods  # noqa: F401 - fills the registry
-
     if isinstance(method, str):
         entry = METHODS.get(method)
         known = [f.name for f in fields(entry)] if is_dataclass(entry) else []
@@ -249,8 +246,6 @@ def as_maps(maps: Any, x: Tensor) -> Tensor:
         raise ValueError(f"the method must return {wanted}, got {tuple(maps.shape)}")
     maps = maps.detach().to(x.device, torch.float32).sum(dim=1, keepdim=True)
     if maps.shape[2:] != x.shape[2:]:
-        from ib_explain.maps import resize
-
         maps = resize(maps, (int(x.shape[2]), int(x.shape[3])))
     check_maps(maps)
     return maps

@@ -144,7 +144,7 @@ def users_hooks_silent(module: nn.Module, when: Callable[[], bool]) -> Iterator[
                 registered[number] = hook
 
 
-class _Stop(Exception):  # noqa: N818 - a signal between our own hook and our own context
+class _Stop(Exception):
     """Raised by `capture(stop=True)` when every layer was seen; caught only by the capture that raised it."""
 
 

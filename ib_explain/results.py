@@ -277,7 +277,7 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
         run = json.loads(path.read_text(encoding="utf-8"))
         known = run["format"]
         if known == FORMAT:
-            run["settings"], run["info"], run["resumed"]  # noqa: B018 - that they are there
+            run["settings"], run["info"], run["resumed"]
     except ValueError as error:
         told = f"it cannot be read ({type(error).__name__}); delete it to begin again"
         raise ValueError(f"{path} is not a run of ib_explain: {told}") from error

@@ -15,7 +15,7 @@ def state(model: nn.Module) -> dict[str, Any]:
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "training": [m.training for m in model.modules()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
-        "gradients": [p.grad for p in model.parameters()],
+        "gradients": [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
         "hooks": [len(getattr(m, kind)) for m in model.modules() for kind in kinds],
         "attributes": [sorted(vars(m)) for m in model.modules()],
         "random": torch.get_rng_state(),

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import ib_explain.methods  # noqa: F401 - fills METHODS
 from ib_explain.attribution import attribute as make_maps
 from ib_explain.checks import did_you_mean
 from ib_explain.commands.common import (

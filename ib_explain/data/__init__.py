@@ -47,7 +47,7 @@ _HOMES = {
     "read_image": "images",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
