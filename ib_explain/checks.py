@@ -85,7 +85,7 @@ def check_images(
 def check_maps(
     maps: Any, *, size: tuple[int, int] | None = None, batch: int | None = None, finite: bool = True
 ) -> Tensor:
-    """Check maps of shape (B, 1, H, W) or (B, H, W) and return them as (B, H, W) float32.
+    """Check maps of shape (B, 1, H, W) or (B, H, W) and return them as (B, H, W) float32, detached.
 
     Raises:
         TypeError: not a floating-point tensor.

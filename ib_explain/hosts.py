@@ -90,14 +90,13 @@ def timm_config(model: nn.Module) -> dict[str, Any]:
     host = unwrap(model)
     config = getattr(host, "pretrained_cfg", None) or getattr(host, "default_cfg", None) or {}
     if not isinstance(config, Mapping):
-        config = (
-            config.to_dict() if hasattr(config, "to_dict") else {}
-        )  # timm's own class, or somebody else's attribute
+        # timm's own class, or somebody else's attribute.
+        config = config.to_dict() if hasattr(config, "to_dict") else {}
     return dict(config)
 
 
 def channels_of(model: nn.Module) -> int | None:
-    """How many channels the host's images have, where it is timm's; another one's first pass has to tell."""
+    """Image channels of a timm host; None for another, whose first pass has to tell."""
     return input_size_of(model)[0] if timm_config(unwrap(model)) else None
 
 

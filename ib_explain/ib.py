@@ -177,6 +177,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
 
     @property
     def fitted(self) -> bool:
+        """Whether there is a fitted bottleneck, by `fit` or `load`."""
         return self._bottleneck is not None
 
     @property
@@ -387,13 +388,23 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             settings: of the optimisation.
             reference: images (N, 3, H, W) from which the features' statistics are taken; by default those of the
                 fitted bottleneck, else smooth noise images.
-            output: as in `attribute`.
+            output: "bits" or "attention".
+
+        Returns:
+            (B, 1, H, W) float32, as `attribute`.
+
+        Raises:
+            TypeError, ValueError, IndexError: inputs, target or output that are not as above.
         """
         check_output(output, self.gate, relevance=False)
         return self._maps(inputs, target, None, settings, output, fitted=False, reference=reference)
 
     def information(self, inputs: Tensor) -> Tensor:
-        """Bits that the bottleneck passes for each image and the host's own top-1: (B, 3, H, W) -> (B,)."""
+        """Bits that the bottleneck passes for each image and the host's own top-1: (B, 3, H, W) -> (B,).
+
+        Raises:
+            ValueError: the gate measures no bits ("residual"); and as `attribute`.
+        """
         maps = self.attribute(inputs)
         return (maps[0] if isinstance(maps, tuple) else maps).sum(dim=(1, 2, 3))
 
@@ -402,7 +413,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         """While inside, the host's forward passes run through the bottleneck, with the mean attention and seeded noise.
 
         Each pass takes a clean one before it, for the attention. Contexts nest, at one layer or several: each has the
-        attention of the intact host. Methods and metrics see the restricted host.
+        attention of the intact host. Methods and metrics see the restricted host. Other threads that want the host wait
+        until the end of the context; do not wait for them inside.
 
         Args:
             attention: instead of the fitted attention, a number or a tensor (B, 1, h, w) in [0, 1].
@@ -410,8 +422,6 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
 
         Yields:
             The host, unwrapped: call this one (a compiled wrapper would not see the bottleneck).
-
-        Other threads that want the host wait until the end of the context; do not wait for them inside.
 
         Raises:
             RuntimeError: not fitted, and no `attention` given.
@@ -453,6 +463,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         """Read what `save` wrote, for the same architecture.
 
         Raises:
+            TypeError: `path` is no name.
             FileNotFoundError: no saved bottleneck there.
             ValueError: damaged, or fitted to another architecture or another shape of the layer.
 

@@ -1,7 +1,7 @@
 """What decides a method's maps or a metric's scores, as JSON can hold it: by this a run knows that it is the same.
 
-Code is known by its source, its defaults and its closure, an object by its class and what it holds, and so on inside of
-these; tensors, arrays and weights by a digest. What code reads from elsewhere (globals, files) is not seen.
+Code is known by its source, its defaults and its closure, an object by its class and what it holds, recursively;
+tensors, arrays and weights by a digest. What code reads from elsewhere (globals, files) is not seen.
 """
 
 from __future__ import annotations

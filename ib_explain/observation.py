@@ -71,6 +71,15 @@ def observe(
         gradient: also read the gradient of the score.
         score: of logits (B, K) and classes (B,), (B,); None for `log_odds`.
         args: further arguments of the host's forward.
+
+    Returns:
+        Tensors without graphs.
+
+    Raises:
+        LayerError: a layer that does not run, or runs twice.
+        Unfit: no logits (B, K) came out.
+        LayoutChanged: a layer returned other shapes than its layout has.
+        TypeError, ValueError, IndexError: as `resolve_target`.
     """
     layouts = {site.name: site.layout, **dict(deeper)}
     kept: dict[str, Any] = {}

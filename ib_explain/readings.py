@@ -15,7 +15,7 @@ from ib_explain.layouts import Layout, unfold
 __all__ = ["CERTAIN", "FEW", "STRIPES", "Reader", "choose", "finest_grid"]
 
 FEW = 2  # images of the probe that run first
-STRIPES = 10  # per direction; fewer loses 4-row grids, more costs forward passes
+STRIPES = 10  # per direction; fewer loses 4-row grids, more costs images
 VERIFIED = 0.85  # correlation of measured with assumed positions: wrong readings stay below .75, true ones above .78
 CERTAIN = 0.95  # above it one draw of the probe is enough
 PLAUSIBLE = 0.6
@@ -128,7 +128,7 @@ class _Reading:
 
 
 def choose(readers: list[Reader], input_size: tuple[int, int, int]) -> Layout | str:
-    """The layout of an output whose leaves answered so, or a sentence that says why it is no grid."""
+    """The layout of an output from its leaves' responses, or a sentence that says why it is no grid."""
     grids = [reader for reader in readers if len(reader.shape) > 1]
     readings = [reading for reader in grids for reading in _plain_readings(reader, input_size)]
     if _verified(readings) is None:

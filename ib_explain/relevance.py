@@ -20,7 +20,7 @@ from torch import Tensor
 
 __all__ = ["LEAST_TYPICAL_BITS", "coalitions", "label_information", "regression_loss"]
 
-LEAST_TYPICAL_BITS = 0.1  # of a host that says the same of every image
+LEAST_TYPICAL_BITS = 0.1  # of a host that gives every image the same prediction
 
 
 def label_information(logits: Tensor, closed: Tensor, target: Tensor) -> Tensor:

@@ -166,7 +166,7 @@ def join_curves(parts: Sequence[CurveBatch]) -> CurveBatch:
     for part in parts:
         if not np.array_equal(part.fractions, first.fractions):
             whose = f"the curves of {first.method!r}, {first.metric!r}"
-            raise ValueError(f"{whose} must have the same fractions in all batches, they differ")
+            raise ValueError(f"{whose} must have the same fractions in all batches; they differ")
     images = np.concatenate([part.images for part in parts])
     order = np.argsort(images, kind="stable")
     scores = np.concatenate([part.scores for part in parts])

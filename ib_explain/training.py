@@ -77,7 +77,7 @@ class _Terms(NamedTuple):
 
 
 class _Told(NamedTuple):
-    """What a step of the optimiser tells: scalars, means over its images or, the last three, counts of them."""
+    """Metrics of one optimiser step: scalars, means over its images or, the last three, counts of them."""
 
     loss: Tensor
     lost: Tensor

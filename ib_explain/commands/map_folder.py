@@ -67,7 +67,7 @@ class MapFolder:
         self._replaces = overwrite and before is not None  # until the first new map is there
 
     def holds(self, name: str, digest: Callable[[], str]) -> bool:
-        """Whether this image is done: there may be the map of another one of that name, with another digest."""
+        """Whether this image is done; a map of that name may belong to another image, with another digest."""
         if self._replaces:
             return False
         if not (self._picture(name).is_file() and _is_ours(self._raw(name))):

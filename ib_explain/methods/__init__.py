@@ -1,4 +1,4 @@
-"""Attribution methods, one small file each; importing this package fills the registry."""
+"""Attribution methods, a small file for each or for a family; importing this package fills the registry."""
 
 from ib_explain.methods import (
     am,

@@ -1,4 +1,4 @@
-"""Localisation: does the map stay on the object? Scores of maps against masks, each (B,) float32 in [0, 1].
+"""Localisation: does the map stay on the object? Scores of maps against masks, (B,) float32 in [0, 1], or a ratio.
 
 Shared conventions:
 
