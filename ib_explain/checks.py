@@ -64,8 +64,6 @@ def check_images(
         raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(x.shape)}{hint}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be normalised floating-point images, got {x.dtype}")
-    if x.is_meta:
-        raise ValueError(f"{name} is on the meta device: it has a shape and no values")
     if x.numel() == 0:
         raise ValueError(f"{name} must hold at least one image, got shape {tuple(x.shape)}")
     if channels is not None and x.shape[1] != channels:
@@ -78,6 +76,8 @@ def check_images(
     if x.is_inference() and not inference:
         told = f"{name} came from torch.inference_mode() and cannot be differentiated"
         raise ValueError(f"{told}; pass a {name}.clone() made outside of it")
+    if x.is_meta:
+        raise ValueError(f"{name} is on the meta device: it has a shape and no values")
     _check_finite(x, name)
     return x
 

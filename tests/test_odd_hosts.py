@@ -170,4 +170,4 @@ def test_weights_written_through_data_are_told(x: Tensor) -> None:
 
 def test_images_without_values_are_refused(x: Tensor) -> None:
     with pytest.raises(ValueError, match="on the meta device: it has a shape and no values"):
-        ibx.attribute(made(Keeper), x.to("meta"))
+        ibx.attribute(made(Keeper).to("meta"), x.to("meta"))
