@@ -25,7 +25,7 @@ def unharmed(host: nn.Module) -> Iterator[None]:
     Raises:
         HostChanged: the weights were changed. They are not put back: a copy of all would be too much to hold.
     """
-    before = fingerprint(host)  # anew each time: who writes through `.data` leaves no other trace
+    before = _weights(host)  # by their values: who writes through `.data` leaves no other trace
     buffers = [(buffer, buffer.clone()) for buffer in host.buffers()]
     problem: Exception | None = None
     try:
@@ -37,8 +37,13 @@ def unharmed(host: nn.Module) -> Iterator[None]:
             for buffer, kept in buffers:
                 if buffer.shape != kept.shape or not torch.equal(buffer, kept):
                     buffer.data = kept if buffer.shape != kept.shape else buffer.data.copy_(kept)
-    if fingerprint(host) != before:
+    if _weights(host) != before:
         told = "the method changed the model's weights; later results would be of another model: work on a copy in it"
         raise HostChanged(told) from problem
     if problem is not None:
         raise problem
+
+
+def _weights(host: nn.Module) -> tuple[str, list[complex]]:
+    """What a change of any weight changes: the fingerprint, which looks at a part, and the sums of all."""
+    return fingerprint(host), [complex(p.detach().sum().to("cpu", torch.complex128)) for p in host.parameters()]

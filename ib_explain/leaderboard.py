@@ -93,7 +93,8 @@ class Leaderboard:
         board = cls.of(store, reference=reference, pictures=Pictures.read(Path(folder) / "figures"))
         data = store.run["settings"].get("data")
         total = data.get("images") if isinstance(data, Mapping) else None
-        if isinstance(total, int) and board.summary.images < total:
+        costs_only = all(metric.family == "cost" for metric in board.summary.metrics)  # are taken of the first batch
+        if isinstance(total, int) and board.summary.images < total and not costs_only:
             told = (
                 f"{folder} holds {board.summary.images} of the run's {total} images; the command that began it goes on"
             )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ib_explain.checks import check_positive_int
@@ -137,8 +138,14 @@ class Source:
         if isinstance(self.data, Sequence) and self.plan is None:  # all of it is at hand
             rest = hashlib.blake2b(digest_size=8)
             for number, raw in enumerate(self.data):
-                flat = parts_of(raw, number)["image"].detach().flatten()
+                held = parts_of(raw, number)
+                flat = held.pop("image").detach().flatten()
                 rest.update(flat[:: max(1, flat.numel() // 256)].double().cpu().contiguous().numpy().tobytes())
+                for part in tree_leaves(held):  # labels and truths, whole
+                    if isinstance(part, Tensor):
+                        rest.update(part.detach().double().cpu().contiguous().numpy().tobytes())
+                    elif isinstance(part, str | int | float):
+                        rest.update(repr(part).encode())
             facts["batches"] = rest.hexdigest()
         if self.plan is not None:
             names = "\n".join(self._name(i, place) for i, place in enumerate(p for group in self.plan for p in group))

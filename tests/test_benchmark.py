@@ -16,6 +16,7 @@ import pytest
 import torch
 from captum.attr import Saliency
 from PIL import Image
+from torch import nn
 from torch.testing import assert_close
 
 import ib_explain as ibx
@@ -464,3 +465,23 @@ def test_how_much_of_a_map_is_tied_can_be_told(host):
     board = measure(host, [images(2)], ["constant", "random"], ["tied_share"])
     assert values(board, "constant", "tied_share").tolist() == [1, 1]
     assert values(board, "random", "tied_share").max() < 0.1
+
+
+def test_other_truths_behind_the_first_batch_are_other_data(host, x, tmp_path):
+    def data(label):
+        return [(x, torch.zeros(len(x), dtype=torch.long)), (x, torch.full((len(x),), label))]
+
+    measure(host, data(1), ["edges"], ["deletion"], out=tmp_path)
+    with pytest.raises(ValueError, match="holds another run: the images"):
+        measure(host, data(0), ["edges"], ["deletion"], out=tmp_path)
+
+
+def test_a_weight_that_the_fingerprint_leaves_out_is_watched():
+    big = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+    def spoils(model, x, target):
+        model[1].weight.data[:, 5] = 0
+        return x.mean(1)
+
+    with pytest.raises(RuntimeError, match="changed the model's weights"):
+        ibx.attribute(big, torch.randn(2, 3, 16, 16), method=spoils)

@@ -413,3 +413,8 @@ def test_every_metric_is_in_the_docs():
     page = page.split("## All registered metrics")[1].split("## ")[0]
     listed = {line.split("|")[1].strip(" `") for line in page.splitlines() if line.startswith("| `")}
     assert listed == set(METRICS)
+
+
+def test_the_rank_correlation_of_a_large_map_with_itself_is_one():
+    maps = torch.randn(2, 1, 512, 512, generator=torch.Generator().manual_seed(0)).clamp_min(0)
+    assert rank_correlation(maps, maps).tolist() == pytest.approx([1, 1], abs=1e-7)

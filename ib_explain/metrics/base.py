@@ -96,9 +96,12 @@ class Case:
         return case
 
     def spared(self) -> Case:
-        """The same with images and maps of its own, for code that may write into them."""
-        x, maps = (None if given is None else given.clone() for given in (self.x, self.maps))
-        case = replace(self, x=x, maps=maps)
+        """The same with tensors of its own, for code that may write into them."""
+        names = ("x", "maps", "masks", "density", "baseline")
+        own: dict[str, Any] = {name: None if (t := getattr(self, name)) is None else t.clone() for name in names}
+        if self.fixations is not None:
+            own["fixations"] = [points.clone() for points in self.fixations]
+        case = replace(self, **own)
         vars(case)["probe"] = self.probe
         return case
 

@@ -135,7 +135,7 @@ def _max_sensitivity(
                 inputs = copies[0] if isinstance(copies, tuple) else copies  # Captum calls with a tuple first
                 with torch.enable_grad():  # which Captum has switched off
                     found = explain(host, inputs, target.expand(len(inputs)))
-                found = check_maps(found, batch=len(inputs)).contiguous()
+                found = check_maps(found, batch=len(inputs)).double().contiguous()  # small norms underflow in float32
                 intact.append(found)
                 return (found,)
 

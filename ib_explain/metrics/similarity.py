@@ -84,7 +84,7 @@ def _ranks(values: Tensor) -> Tensor:
     ordered = values.sort(dim=1).values
     lower = torch.searchsorted(ordered, values)
     not_higher = torch.searchsorted(ordered, values, right=True)
-    return (lower + not_higher + 1) / 2.0
+    return (lower + not_higher + 1).double() / 2
 
 
 def _stretched(maps: Tensor) -> Tensor:
