@@ -305,9 +305,10 @@ def _gaps(summary: Summary) -> str:
         for facts in summary.metrics:
             cell = summary.cells[method, facts.name]
             what = {"not_applicable": "not applicable", "missing": "not run", "undefined": "undefined"}.get(cell.status)
-            what = "failed" if cell.failed else what
+            what = "failed" if cell.failed else "not applicable" if cell.left_out else what
             if what:
-                images = f"{cell.failed} of {summary.images}" if cell.failed else "all"
+                some = cell.failed or cell.left_out
+                images = f"{some} of {summary.images}" if some else "all"
                 groups[method, what, images, cell.reason].append(facts.name)
     if not groups:
         return "<p>Everything ran: each method has a value under each metric.</p>\n"

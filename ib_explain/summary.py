@@ -76,6 +76,8 @@ class Cell(Interval):
     """Images of batches on which the method failed."""
     reason: str = ""
     """Why it failed or does not apply; where there are several, the most frequent one."""
+    left_out: int = 0
+    """Images of batches to which the method does not apply, where others have a value."""
 
 
 @dataclass(frozen=True)
@@ -350,7 +352,7 @@ def _cells(rows: Sequence[Row], intervals: dict[tuple[str, str], Interval]) -> d
         count = counts[key]
         status = next((s for s in ("ok", "not_applicable", "failed", "undefined") if count[s]), "missing")
         reason = reasons[key].most_common(1)[0][0] if reasons[key] else ""
-        cells[key] = Cell(
-            interval.mean, interval.low, interval.high, interval.n, status, count["undefined"], count["failed"], reason
-        )
+        means = interval.mean, interval.low, interval.high, interval.n
+        left_out = count["not_applicable"] if status == "ok" else 0
+        cells[key] = Cell(*means, status, count["undefined"], count["failed"], reason, left_out)
     return cells

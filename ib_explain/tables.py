@@ -57,9 +57,10 @@ class Notes:
                 cell = summary.cells[method, facts.name]
                 if cell.status == "not_applicable":
                     told.setdefault(("not applicable:", f"({cell.reason})"), []).append(method)
-                elif cell.failed:
+                elif cell.failed or cell.left_out:
                     rest = "; the mean is over the others" if cell.n else ""
-                    text = f"failed on {cell.failed} of {images} images{rest}: {cell.reason}"
+                    what = f"failed on {cell.failed}" if cell.failed else f"does not apply to {cell.left_out}"
+                    text = f"{what} of {images} images{rest}: {cell.reason}"
                     told.setdefault(("", text), []).append(method)
                 elif cell.status == "undefined":
                     told.setdefault((f"{facts.name} is undefined on all images for", ""), []).append(method)
@@ -264,7 +265,7 @@ def _any_counts(summary: Summary) -> bool:
 
 
 def _plain(cell: Cell) -> bool:
-    return cell.status == "ok" and not cell.failed
+    return cell.status == "ok" and not cell.failed and not cell.left_out
 
 
 def _has_width(interval: Interval) -> bool:

@@ -25,6 +25,7 @@ from ib_explain.contenders import contenders_of
 from ib_explain.data.gaze import GazeBatch
 from ib_explain.figures import LIGHT, Plot
 from ib_explain.ib import IBAttention
+from ib_explain.methods import NotApplicable
 from ib_explain.methods.grad_cam import GradCAM
 from ib_explain.metrics import (
     METRICS,
@@ -485,3 +486,16 @@ def test_a_weight_that_the_fingerprint_leaves_out_is_watched():
 
     with pytest.raises(RuntimeError, match="changed the model's weights"):
         ibx.attribute(big, torch.randn(2, 3, 16, 16), method=spoils)
+
+
+def test_a_method_that_does_not_apply_to_some_images_is_told(host, x, tmp_path):
+    def picky(model, images, target):
+        if torch.equal(images, x):
+            raise NotApplicable("not for these")
+        return images.mean(1)
+
+    board = measure(host, [x, x + 1], [picky, "edges"], ["deletion"], out=tmp_path)
+    said = f"does not apply to {len(x)} of {2 * len(x)} images; the mean is over the others: not for these"
+    assert said in board.table(width=200) and said in board.to_markdown()
+    page = (tmp_path / "report.html").read_text()
+    assert "Everything ran" not in page and "not for these" in page
