@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -125,9 +125,8 @@ def method_runner(method: Any, options: dict[str, Any]) -> Callable[[Call], Any]
         take = method.attribute
         chosen = options
         if not _takes_any(take):  # as NoiseTunnel does, for the method that it wraps
-            chosen = take_options(
-                options, sorted(_keywords(take) - {"inputs", "target"}), f"{type(method).__name__}.attribute"
-            )
+            known = sorted(_keywords(take) - {"inputs", "target"})
+            chosen = take_options(options, known, f"{type(method).__name__}.attribute")
         if getattr(method, "resolves_target", False):  # ours: None is the top-1, found in the same pass
             return _Fitted(take, chosen)
 
@@ -171,11 +170,11 @@ class _Fitted:
 
 
 def run_method(run: Callable[[Call], Any], call: Call) -> Any:
-    """What a method answers; one that is not the package's own cannot leave the host's buffers changed."""
+    """What a method answers; one that is not the package's own cannot leave the host's buffers or images changed."""
     if type(run).__module__.startswith("ib_explain."):
         return run(call)
     with unharmed(call.model):
-        return run(call)
+        return run(replace(call, x=call.x.clone()))
 
 
 def _copies(call: Call) -> tuple[Tensor, Tensor]:

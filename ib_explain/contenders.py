@@ -75,7 +75,7 @@ class Contender:
         maps = []
         with frozen(model) as host, seeded(seed):
             for part, classes in zip(x.split(batch_size or len(x)), target.split(batch_size or len(x)), strict=True):
-                call = kind(host, part.clone(), classes, chosen, seed, batch_size)  # a method may write into its images
+                call = kind(host, part, classes, chosen, seed, batch_size)
                 maps.append(as_maps(with_fresh_facts(host, functools.partial(run_method, self.run, call)), part))
         return torch.cat(maps)
 

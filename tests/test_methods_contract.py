@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import ib_explain as ibx
 from ib_explain.contenders import contenders_of
 from ib_explain.lending import frozen
 from ib_explain.maps import resize
-from ib_explain.methods import METHODS, NotApplicable, register_method
+from ib_explain.methods import METHODS, Call, NotApplicable, register_method
 from tests.models import images as pictures
 from tests.models import tiny
 
@@ -334,6 +335,22 @@ def test_a_registered_function_has_gradients_as_one_that_is_given(monkeypatch: p
         assert torch.equal(
             ibx.attribute(host, x, method="plain_gradient"), ibx.attribute(host, x, method=plain_gradient)
         )
+
+
+def test_a_method_that_writes_into_its_images_leaves_the_users_alone() -> None:
+    @dataclass(frozen=True)
+    class Writes:
+        def __call__(self, call: Call) -> Tensor:
+            call.x.zero_()
+            return call.x[:, :1]
+
+    host, x = host_of("test_resnet"), images()
+    before = x.clone()
+    ibx.attribute(host, x, method=Writes())
+    board = ibx.benchmark(host, [x], methods=[Writes(), "edges"], metrics=["deletion"], show_progress=False)
+    assert torch.equal(x, before)
+    alone = ibx.benchmark(host, [x], methods=["edges"], metrics=["deletion"], show_progress=False)
+    assert [r.value for r in board.rows if r.method == "edges"] == [r.value for r in alone.rows]
 
 
 def test_only_a_notebooks_cell_may_register_a_name_again(monkeypatch: pytest.MonkeyPatch) -> None:
