@@ -1,9 +1,8 @@
-"""Whatever a user wants to compare, as one kind of thing: a name, a unit, a description, and maps."""
+"""The methods of a benchmark: each with a name of its own, a unit, a description for run.json, and maps."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,18 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ib_explain.attribution import as_maps, check_host, is_method, method_runner, run_method
-from ib_explain.facts import with_fresh_facts
 from ib_explain.ib import IBAttention
-from ib_explain.identity import Identity, is_ours
+from ib_explain.identity import Identity
 from ib_explain.lending import frozen
-from ib_explain.methods import METHODS
 from ib_explain.methods.base import Call, NotApplicable
-from ib_explain.methods.ib import PerImageIB
 from ib_explain.modules import find_module, module_name, unwrap
-from ib_explain.outputs import OUTPUTS
 from ib_explain.randomness import seeded
-from ib_explain.rows import one_line
+from ib_explain.runners import Runner, runner_of
+from ib_explain.texts import one_line
 
 __all__ = ["Contender", "contenders_of"]
 
@@ -43,11 +38,9 @@ class Contender:
     """Of its maps; one that is nobody else's where the method does not tell."""
     facts: Mapping[str, Any]
     """What decides its maps, for run.json."""
-    run: Callable[[Call], Any]
+    runner: Runner
     layer: str | nn.Module | None
     """The one it was given in its own options."""
-    made_for: nn.Module | None
-    """The only host it can explain, or None for any."""
 
     def explain(
         self,
@@ -68,15 +61,14 @@ class Contender:
             HostChanged: it changed the host's weights.
             Exception: whatever the method raises; ValueError for maps of another shape or with NaN.
         """
-        if self.made_for is not None and unwrap(model) is not self.made_for:
+        if self.runner.made_for not in (None, unwrap(model)):
             raise NotApplicable(f"{self.name} was made for another model and cannot explain this one")
         kind = _AnyLayer if self.layer is None else Call
         chosen = layer if self.layer is None else self.layer
         maps = []
         with frozen(model) as host, seeded(seed):
             for part, classes in zip(x.split(batch_size or len(x)), target.split(batch_size or len(x)), strict=True):
-                call = kind(host, part, classes, chosen, seed, batch_size)
-                maps.append(as_maps(with_fresh_facts(host, functools.partial(run_method, self.run, call)), part))
+                maps.append(self.runner.maps(kind(host, part, classes, chosen, seed, batch_size)))
         return torch.cat(maps)
 
 
@@ -114,15 +106,11 @@ def _contender(name: Any, given: Any, model: nn.Module) -> Contender:
             raise TypeError(f"a method with options must be (method, dict of options), got {given!r}")
         method, options = given[0], dict(given[1])
     layer = options.pop("layer", None)
-    if layer is not None and not isinstance(method, str) and not is_method(method):
-        raise TypeError(f"only registered methods take a layer here, got one for {_called(method)}")
-    check_host(method, model)
-    run = method_runner(method, options)
-    if isinstance(method, IBAttention):
-        method.check_options(**{key: value for key, value in options.items() if key in ("refine", "output")})
-    facts = _facts(method, run, options, model)
+    runner = runner_of(method, options, model)
+    runner.refuse_layer(layer)
+    facts = _facts(method, runner, options, model)
     plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in options.items()}
-    label, told = _called(method), {key: value for key, value in plain.items() if _is_short(value)}
+    label, told = runner.name, {key: value for key, value in plain.items() if _is_short(value)}
     if isinstance(layer, str):
         find_module(unwrap(model), layer)
     if layer is not None:
@@ -132,48 +120,20 @@ def _contender(name: Any, given: Any, model: nn.Module) -> Contender:
     chosen = label if name is None else str(name)
     if not chosen or chosen != one_line(chosen):
         raise ValueError(f"a method's name must be on one line, got {chosen!r}")
-    if isinstance(method, IBAttention):
-        unit = OUTPUTS.get(options.get("output", "bits"))
-    else:
-        unit = OUTPUTS.get(run.output) if isinstance(run, PerImageIB) else getattr(run, "unit", None)
-    return Contender(
-        name=chosen,
-        unit=str(unit or f"own unit of {chosen}"),
-        facts=facts,
-        run=run,
-        layer=layer,
-        # An object like Captum's was made for its model: it would answer for that one whatever it is given.
-        made_for=unwrap(model) if hasattr(method, "attribute") else None,
-    )
+    return Contender(chosen, str(runner.unit or f"own unit of {chosen}"), facts, runner, layer)
 
 
-def _called(method: Any) -> str:
-    """The name of a method whose user gave it none."""
-    if isinstance(method, str):
-        return method
-    if isinstance(method, IBAttention):
-        return "ib_fitted" if method.fitted else "ib"
-    if isinstance(method, functools.partial):
-        return _called(method.func)
-    for name in METHODS:
-        if METHODS.get(name) is type(method):
-            return name
-    own = getattr(method, "__name__", type(method).__name__)
-    return "function" if own == "<lambda>" else str(own)
-
-
-def _facts(method: Any, run: Any, options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+def _facts(given: Any, runner: Runner, options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """What decides a method's maps, for run.json."""
-    of = Identity(model)
+    of, method = Identity(model), runner.method
     chosen = {key: of.value(value) for key, value in options.items()}
-    if isinstance(method, IBAttention):
-        return of.bottleneck(method) | chosen
-    if not is_method(run):
-        return of.code(method) | chosen
-    held = {field.name: of.value(getattr(run, field.name)) for field in fields(run)}
-    written = getattr(run, "function", type(run))  # by `register_method` on a function or a class
-    code = {} if is_ours(written) else of.code(written)
-    return code | {"method": _called(run)} | held
+    if isinstance(given, IBAttention):
+        return of.bottleneck(given) | chosen
+    if method is None:
+        return of.code(given) | chosen
+    held = {field.name: of.value(getattr(method, field.name)) for field in fields(method)}
+    code = {} if runner.ours else of.code(getattr(method, "function", type(method)))
+    return code | {"method": runner.name} | held
 
 
 def _is_short(value: Any) -> bool:

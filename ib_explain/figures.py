@@ -13,6 +13,7 @@ import numpy as np
 from ib_explain.bootstrap import pareto_front
 from ib_explain.summary import CurveSummary, MetricFacts, Summary
 from ib_explain.tables import counted
+from ib_explain.texts import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["DARK", "LIGHT", "Plot", "Theme", "log_axis", "plots"]
 
 WIDTH = 4.4  # inches: at a phone's width the text stays at about 10 pixels
-LONGEST_LABEL = 32  # characters of a method's name
+LONGEST_LABEL = 40  # characters of a method's name
+IN_A_ROW = {13: 3, 20: 2}  # names of that many characters at most that stand beside each other
 TICK_GAP = 0.1  # share of the axes' width between two ticks of the cost axis: room for four digits
 
 
@@ -98,7 +100,8 @@ def _curve_plot(summary: Summary, metric: str, curves: Sequence[CurveSummary]) -
     unit = facts.unit if facts else "score"
 
     def draw(theme: Theme) -> Figure:
-        beside = 3 if max(len(curve.method) for curve in curves) <= 13 else 2
+        longest = max(len(curve.method) for curve in curves)
+        beside = next((count for most, count in IN_A_ROW.items() if longest <= most), 1)
         figure, axes = _blank(theme, 3.1 + 0.19 * math.ceil(len(curves) / beside))
         handles = []
         for curve in reversed(curves):  # the best on top
@@ -336,7 +339,7 @@ def _area(curve: CurveSummary) -> float:
 
 def _label(name: str) -> str:
     """A method's name as matplotlib shows it literally: $ is no formula, a leading _ hides nothing."""
-    short = name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
+    short = shortened(name, LONGEST_LABEL)
     return (" " if short.startswith("_") else "") + short.replace("$", r"\$")
 
 

@@ -122,8 +122,6 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         ValueError: no such layer, gate or reads (with the nearest names).
     """
 
-    resolves_target = True  # None is the host's top-1, found in the same pass; tells `ib_explain.attribute`
-
     def __init__(
         self,
         model: nn.Module,

@@ -197,14 +197,16 @@ def _reading(summary: Summary) -> str:
         for facts in summary.metrics
     )
     percent, rest = f"{100 * summary.confidence:g} %", f"{100 - 100 * summary.confidence:g} %"
+    weighed = "all metrics but costs, as none here is one of perturbation, localisation or human attention"
+    if summary.counts_some:
+        weighed = "the metrics of perturbation, localisation and human attention; others have a rank and do not count"
     return f"""<p>Each number is a mean over images. Below it stands its {percent} bootstrap interval: had other
 images of the same kind been drawn, the mean would mostly have stayed within it. The little bar shows both on the scale
 of its column. All methods saw the same images, and the same resamples of them, so differences are between pairs. Each
 interval speaks for its own cell alone: of many comparisons where nothing differs, {rest} look as if something did.</p>
 <p>A rank is a method's place under one metric, 1 the best, ties shared; two methods are compared over the images on
-which both have a value. The mean rank weighs alike the metrics of perturbation, localisation and human attention;
-others have a rank and do not count. Where a metric is undefined on an image (there is no box, for instance), the image
-is left out, never counted as zero.</p>
+which both have a value. The mean rank weighs alike {weighed}. Where a metric is undefined on an image (there is no
+box, for instance), the image is left out, never counted as zero.</p>
 <dl class="metrics">{entries}</dl>
 """
 

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["COLUMNS", "STATUSES", "WITH_CURVES", "CurveBatch", "Row", "curves_to_npz", "join_curves", "one_line"]
+from ib_explain.texts import one_line
+
+__all__ = ["COLUMNS", "STATUSES", "WITH_CURVES", "CurveBatch", "Row", "curves_to_npz", "join_curves"]
 __all__ += ["read_curves", "read_rows", "rows_to_csv"]
 
 STATUSES = ("ok", "not_applicable", "failed")
@@ -171,9 +173,3 @@ def join_curves(parts: Sequence[CurveBatch]) -> CurveBatch:
     order = np.argsort(images, kind="stable")
     scores = np.concatenate([part.scores for part in parts])
     return CurveBatch(first.method, first.metric, images[order], first.fractions, scores[order])
-
-
-def one_line(text: str) -> str:
-    """Without line breaks and NUL, and encodable: a file name may hold bytes that are no UTF-8."""
-    flat = " ".join(str(text).replace("\0", " ").splitlines())
-    return flat.encode("utf-8", "backslashreplace").decode()

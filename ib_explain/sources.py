@@ -18,8 +18,8 @@ from ib_explain.data.origins import class_folders, root_of
 from ib_explain.data.preprocessing import Preprocess
 from ib_explain.data.synthetic import Synthetic
 from ib_explain.randomness import generator_of, own_generators_seeded, seeded
-from ib_explain.rows import one_line
 from ib_explain.samples import TRUTHS, ImageBatch, join, parts_of, truths_of
+from ib_explain.texts import one_line
 
 __all__ = ["BATCH", "Source"]
 

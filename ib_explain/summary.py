@@ -113,6 +113,11 @@ class Summary:
     """Metrics that count in the mean rank (`MetricFacts.counts`; all but costs where none does) and that at least two
     methods have."""
 
+    @property
+    def counts_some(self) -> bool:
+        """Whether any metric is one of those that count; without one, the mean rank takes all but costs."""
+        return any(facts.counts for facts in self.metrics)
+
     def best(self, metric: str) -> frozenset[str]:
         """The methods with the best mean; several if they tie."""
         ranks = {method: rank.mean for (method, name), rank in self.ranks.items() if name == metric}

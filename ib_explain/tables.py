@@ -251,17 +251,13 @@ def reading(summary: Summary) -> str:
     if summary.ranked_metrics == 0:
         return means
     order = f"Ordered by the mean rank over {counted(summary.ranked_metrics, 'metric')}"
-    if aside := [facts.name for facts in summary.metrics if not facts.counts and _any_counts(summary)]:
+    if aside := [facts.name for facts in summary.metrics if not facts.counts and summary.counts_some]:
         order += f" ({', '.join(aside)} {'does' if len(aside) == 1 else 'do'} not count)"
     elif any(facts.family == "cost" for facts in summary.metrics):
         order += ", cost aside"
     if any(rank.metrics < summary.ranked_metrics for rank in summary.mean_ranks.values()):
         order += "; methods without a rank in some of them come last"
     return f"{means} {order}."
-
-
-def _any_counts(summary: Summary) -> bool:
-    return any(facts.counts for facts in summary.metrics)
 
 
 def _plain(cell: Cell) -> bool:

@@ -27,6 +27,7 @@ from ib_explain.files import replace_file
 from ib_explain.hosts import timm_data_config
 from ib_explain.maps import in_bits
 from ib_explain.modules import unwrap
+from ib_explain.texts import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,7 +119,8 @@ def visualize(
             axes = _show(box(x0, y0, cell_w, cell_h), drawn)
             axes.set_xlabel(_note(column.values[row], column.unit), fontsize=7, labelpad=2, color="0.25")
             if row == 0 and named:
-                axes.set_title(column.name, fontsize=9, pad=3, parse_math=False)
+                title = shortened(column.name, int(cell_w * 14))
+                axes.set_title(title, fontsize=9, pad=3, parse_math=False)
         if row == 0 and named:
             picture_axes.set_title("image", fontsize=9, pad=3)
         if scale == "row" or row == batch - 1:

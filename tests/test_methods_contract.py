@@ -201,7 +201,7 @@ def test_not_only_registered_methods_keep_the_promises() -> None:
     one, again, other = (ibx.attribute(host, x, method=noise, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(one, again) and not torch.equal(one, other)
     for method in (noise, ibx.IBAttention(host)):
-        with pytest.raises(TypeError, match="only registered methods take a layer here, got one for a "):
+        with pytest.raises(TypeError, match="only registered methods take a layer here, got one for "):
             ibx.attribute(host, x, method=method, layer="nope")
     with pytest.raises(ValueError, match="IBAttention belongs to another ResNet, not to this ResNet"):
         ibx.attribute(copy.deepcopy(host), x, method=ibx.IBAttention(host))

@@ -18,8 +18,8 @@ from ib_explain.figures import DARK, LIGHT, plots
 from ib_explain.markup import Picture, scale
 from ib_explain.pictures import Pictures
 from ib_explain.report import report_html
-from ib_explain.rows import Row
-from ib_explain.summary import Interval, summarise, summarise_curves
+from ib_explain.rows import CurveBatch, Row
+from ib_explain.summary import Interval, MetricFacts, summarise, summarise_curves
 from ib_explain.tables import Notes, csv_table, json_summary, text_table
 from tests.reporting import (
     HOSTILE,
@@ -85,6 +85,18 @@ def test_plots_are_pictures_of_all_methods_in_both_themes(board):
     assert len(lines) == 3 and all(np.array_equal(line, curve.mean) for line in lines)
     labels = [label.get_text() for label in drawn["ranks"].draw(LIGHT).axes[0].get_yticklabels()]
     assert labels == ["ib", r"\$rise_\$|", "grad_cam"]
+
+
+def test_names_that_differ_in_their_last_option_stay_apart_and_inside_the_picture(board):
+    names = [f"ib(steps=20, lr=0.1, copies=10, beta=0.1, gate={gate})" for gate in ("noise", "gaussian")]
+    rows = [Row(0, "x", name, "insertion", 0.5) for name in names]
+    curves = [CurveBatch(name, "insertion", np.arange(1), np.linspace(0, 1, 6), np.ones((1, 6))) for name in names]
+    drawn = plots(summarise(rows, board.summary.metrics[:1]), summarise_curves(curves))
+    figure = next(plot for plot in drawn if plot.name == "curve-insertion").draw(LIGHT)
+    figure.draw_without_rendering()
+    labels = figure.legends[0].get_texts()
+    assert [text.get_text().rpartition("gate=")[2] for text in labels] == ["noise)", "gaussian)"]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in (text.get_window_extent() for text in labels))
 
 
 def test_cost_plot_takes_free_methods_and_inverts_for_lower_is_better(board):
@@ -211,6 +223,14 @@ def test_overlap_is_told(board, undrawn):
     ]
     summary = summarise(rows, board.summary.metrics[:1])
     assert "Its interval overlaps with b, so that lead is not certain." in report_html(summary, {})
+
+
+def test_what_counts_in_the_mean_rank_is_told_as_it_was(board, undrawn):
+    facts = [MetricFacts("insertion", "perturbation", "x", True), MetricFacts("infidelity", "robustness", "x", False)]
+    rows = [Row(0, "x", method, fact.name, value) for fact in facts for value, method in enumerate("ab")]
+    told = [re.sub(r"\s+", " ", report_html(summarise(rows, chosen), {})) for chosen in (facts, facts[1:])]
+    assert "human attention; others have a rank and do not count." in told[0]
+    assert "weighs alike all metrics but costs, as none here" in told[1]
 
 
 def test_smallest_report(board, undrawn):

@@ -151,6 +151,9 @@ def test_titles_name_rows_and_columns(x, heat):
     assert {"image", "ib", "disc", "ring"} <= set(said)
     assert any(text.startswith("a very long") and text.endswith("…") for text in said)
     assert "map 2" in texts(visualize(x, [heat, heat]))
+    long = {f"grad_cam(layer=stages.1.blocks.0, relu={relu})": heat for relu in (True, False)}
+    shown = [text for text in texts(visualize(x, long)) if text.startswith("grad_cam")]
+    assert len(shown) == len(set(shown)) == 2 and all(len(text) <= 24 for text in shown)
 
 
 def test_no_display_and_no_open_figures(x, heat):

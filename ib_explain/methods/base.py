@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_images
-from ib_explain.guard import unharmed
 from ib_explain.lending import run_host
 from ib_explain.registry import Registry
 from ib_explain.sites import Site, resolve_site
@@ -146,8 +145,7 @@ def _of_function(name: str, given: Callable[[nn.Module, Tensor, Tensor], Any]) -
 
         def __call__(self, call: Call) -> Any:
             call.refuse_layer(name)
-            with unharmed(call.model), torch.enable_grad():  # as a function that is given without a name
-                return given(call.model, call.x.detach().clone(), call.classes().clone())
+            return given(call.model, call.x, call.classes())
 
     Function.__doc__ = given.__doc__
     return Function
