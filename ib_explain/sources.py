@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -66,47 +68,41 @@ class Source:
         if isinstance(data, IterableDataset):
             data = DataLoader(data, BATCH, collate_fn=getattr(data, "collate", None))
         self.limit = None if images is None else check_positive_int(images, "images")
-        self.names, self.seed = names, seed
-        self.data: Any = data
-        self.loader = _loader_of(data)
-        self.plan = None if self.loader is None else self._plan(self.loader)
-        self.readable_again = not hasattr(data, "__next__")
+        self.names = names
         self.class_folders, self.root = class_folders(data), root_of(data)
-        self._rest: Iterator[Any] | None = None if self.readable_again else iter(data)
-        reading = self._read_plan([0]) if self.plan else self._read_through()
+        loader = _loader_of(data)
+        self.reader: _Planned | _Stream
+        self.reader = _Stream(data, self.limit, seed) if loader is None else _Planned(loader, self.limit, seed)
+        self.readable_again = self.reader.readable_again
+        reading = self.batches(skip=lambda number: number > 0)
         found = next(reading, None)
         reading.close()
         if found is None:
             raise ValueError("data yielded no batch: the loader or data set is empty")
         self.first = found
-        self.sizes = self._sizes()
+        self.sizes = self.reader.sizes()
 
     def batches(
         self, skip: Callable[[int], bool] = lambda _number: False, rank: int = 0, world: int = 1
-    ) -> Iterator[ImageBatch]:
+    ) -> Generator[ImageBatch, None, None]:
         """The batches that fall to process `rank` of `world`, in rising order, but those whose number is to be skipped.
 
         Raises:
             TypeError, ValueError: a batch that is none, with its number; images of several sizes; boxes or fixations
                 outside of an image; truths that the first batch had and another lacks.
         """
-        if self.plan is not None:
-            mine = [number for number in range(rank, len(self.plan), world) if not skip(number)]
-            yield from self._read_plan(mine)
-            return
-        for batch in self._read_through():
-            if batch.number % world == rank and not skip(batch.number):
-                yield batch
+        for read in self.reader.read(lambda number: number % world == rank and not skip(number)):
+            batch = self._checked(read)
+            if self.limit is not None and batch.images[-1] >= self.limit:
+                batch = batch.take(range(self.limit - batch.images[0]))
+            yield batch
 
     def pick(self, wanted: Collection[int]) -> ImageBatch | None:
         """The images with these indices, in rising order; of a one-time iterator only what its first batch holds."""
-        order = sorted(wanted)
-        if self.plan is not None:
-            places = [place for group in self.plan for place in group]
-            chosen = [places[image] for image in order]
-            return self._batch(0, order, next(iter(self._load([chosen]))), chosen) if order else None
+        if isinstance(self.reader, _Planned):
+            return self._checked(self.reader.pick(sorted(wanted))) if wanted else None
         parts = []
-        for batch in self._read_through() if self.readable_again else [self.first]:
+        for batch in self.batches() if self.readable_again else [self.first]:
             rows = [row for row, image in enumerate(batch.images) if image in wanted]
             if rows:
                 parts.append(batch.take(rows))
@@ -114,7 +110,7 @@ class Source:
 
     def facts(self) -> dict[str, Any]:
         """What tells these data from others: for run.json."""
-        data = self.data if self.loader is None else self.loader.dataset
+        data = self.reader.data
         while isinstance(data, Subset):
             data = data.dataset
         facts: dict[str, Any] = {"name": type(data).__name__}
@@ -135,21 +131,11 @@ class Source:
             for part in value if isinstance(value, list) else [] if value is None else [value]:
                 digest.update(part.detach().cpu().contiguous().numpy().tobytes())
         facts["first_batch"] = digest.hexdigest()
-        if isinstance(self.data, Sequence) and self.plan is None:  # all of it is at hand
-            rest = hashlib.blake2b(digest_size=8)
-            for number, raw in enumerate(self.data):
-                held = parts_of(raw, number)
-                flat = held.pop("image").detach().flatten()
-                rest.update(flat[:: max(1, flat.numel() // 256)].double().cpu().contiguous().numpy().tobytes())
-                for part in tree_leaves(held):  # labels and truths, whole
-                    if isinstance(part, Tensor):
-                        rest.update(part.detach().double().cpu().contiguous().numpy().tobytes())
-                    elif isinstance(part, str | int | float):
-                        rest.update(repr(part).encode())
-            facts["batches"] = rest.hexdigest()
-        if self.plan is not None:
-            names = "\n".join(self._name(i, place) for i, place in enumerate(p for group in self.plan for p in group))
+        if isinstance(self.reader, _Planned):
+            names = "\n".join(self._name(image, place) for image, place in enumerate(self.reader.places))
             facts["names"] = hashlib.blake2b(names.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+        elif isinstance(data, Sequence):  # all of it is at hand
+            facts["batches"] = _digest_of_all(data)
         return facts
 
     def all_fixations(self) -> list[Tensor]:
@@ -159,73 +145,9 @@ class Source:
             found.update(zip(batch.images, batch.fixations or [], strict=True))
         return [found[image] for image in sorted(found)]
 
-    def _sizes(self) -> list[int] | None:
-        if self.plan is not None:
-            return [len(group) for group in self.plan]
-        if not isinstance(self.data, Sequence):
-            return None
-        sizes: list[int] = []
-        left = self.limit
-        for batch in self.data:
-            held = len(parts_of(batch, len(sizes))["image"])
-            sizes.append(held if left is None else min(held, left))
-            left = None if left is None else left - sizes[-1]
-            if left == 0:
-                break
-        return sizes
-
-    def _plan(self, loader: DataLoader[Any]) -> list[list[int]]:
-        """Places in the data set of each batch's images, cut to as many as are wanted."""
-        with seeded(self.seed), own_generators_seeded(loader, self.seed):
-            plan = [list(group) for group in loader.batch_sampler]  # type: ignore[union-attr]
-        total = sum(map(len, plan))
-        if self.limit is None or self.limit >= total:
-            return plan
-        places, size = [place for group in plan for place in group], max(map(len, plan))
-        chosen = [places[i * total // self.limit] for i in range(self.limit)]
-        return [chosen[start : start + size] for start in range(0, len(chosen), size)]
-
-    def _read_plan(self, numbers: Sequence[int]) -> Generator[ImageBatch, None, None]:
-        assert self.plan is not None
-        starts = [0]
-        for group in self.plan:
-            starts.append(starts[-1] + len(group))
-        numbers = [number for number in numbers if number < len(self.plan)]
-        for number, raw in zip(numbers, self._load([self.plan[n] for n in numbers]), strict=True):
-            yield self._batch(number, range(starts[number], starts[number + 1]), raw, self.plan[number])
-
-    def _load(self, groups: list[list[int]]) -> Iterable[Any]:
-        """These groups of the data set's items, as the loader would have given them."""
-        loader = self.loader
-        assert loader is not None
-        if isinstance(loader.dataset, Synthetic) and not loader.dataset.pairs:  # the masks, too
-            return map(loader.dataset.batch, groups)
-        planned = with_plan(loader, groups, num_workers=min(loader.num_workers, len(groups)))
-        if planned.generator is not None:  # the user's goes on from where it is
-            planned.generator = generator_of(self.seed)
-        return planned
-
-    def _read_through(self) -> Generator[ImageBatch, None, None]:
-        """All batches; of a one-time iterator the first, which is kept, and those that were not read yet."""
-        number = done = 0
-        raw_batches = self.data if self._rest is None else self._rest
-        if self._rest is not None and hasattr(self, "first"):
-            yield self.first
-            number, done = 1, len(self.first.images)
-        # A shuffling loader has the same order whenever it is read.
-        with seeded(self.seed), own_generators_seeded(self.data, self.seed):
-            for raw in raw_batches:
-                if self.limit is not None and done >= self.limit:
-                    return
-                batch = self._batch(number, range(done, done + len(parts_of(raw, number)["image"])), raw)
-                if self.limit is not None and done + len(batch.images) > self.limit:
-                    batch = batch.take(range(self.limit - done))
-                number, done = number + 1, done + len(batch.images)
-                yield batch
-
-    def _batch(self, number: int, images: Sequence[int], raw: Any, places: Sequence[int] | None = None) -> ImageBatch:
-        """One batch, checked; `places` are those of its images in the data set, where they are known."""
-        parts = parts_of(raw, number)
+    def _checked(self, read: _Read) -> ImageBatch:
+        """What was read, as a batch that holds what the first one holds."""
+        number, images, parts = read.number, read.images, parts_of(read.raw, read.number)
         try:
             x, labels = images_of((parts["image"], parts.get("label")))
             truths = truths_of(parts, x)
@@ -245,7 +167,8 @@ class Source:
             if len(names) != len(x):
                 raise ValueError(f"batch {number} of the data must hold {len(x)} names, got {len(names)}")
         else:
-            names = [self._name(image, None if places is None else places[row]) for row, image in enumerate(images)]
+            places: Sequence[int | None] = read.places or [None] * len(x)
+            names = [self._name(image, place) for image, place in zip(images, places, strict=True)]
         return ImageBatch(number, list(images), [one_line(name) for name in names], x, labels, **truths)
 
     def _name(self, image: int, place: int | None) -> str:
@@ -253,13 +176,121 @@ class Source:
             if image >= len(self.names):
                 raise ValueError(f"names must hold one name for each image, got {len(self.names)} for image {image}")
             return str(self.names[image])
-        if place is None or self.loader is None:
-            return f"image {image}"
-        data: Any = self.loader.dataset
-        where = place
-        while isinstance(data, Subset):
-            data, where = data.dataset, data.indices[where]
-        return str(data.name(where)) if hasattr(data, "name") else f"image {where}"
+        data: Any = self.reader.data
+        while isinstance(data, Subset) and place is not None:
+            data, place = data.dataset, data.indices[place]
+        return f"image {image}" if place is None or not hasattr(data, "name") else str(data.name(place))
+
+
+class _Read(NamedTuple):
+    """A batch as the data gave it."""
+
+    number: int
+    images: Sequence[int]
+    """Index of each of its images in the benchmark."""
+    raw: Any
+    places: Sequence[int] | None = None
+    """Of its images in the data set, where they are known."""
+
+
+class _Planned:
+    """Batches whose places in a data set are known beforehand, so that any of them can be read alone."""
+
+    readable_again = True
+
+    def __init__(self, loader: DataLoader[Any], limit: int | None, seed: int) -> None:
+        self.loader, self.data, self.seed = loader, loader.dataset, seed
+        with seeded(seed), own_generators_seeded(loader, seed):
+            groups = [list(group) for group in loader.batch_sampler]  # type: ignore[union-attr]
+        places = [place for group in groups for place in group]
+        if limit is not None and limit < len(places):
+            size = max(map(len, groups))
+            places = [places[i * len(places) // limit] for i in range(limit)]
+            groups = [places[start : start + size] for start in range(0, limit, size)]
+        self.groups, self.places = groups, places
+
+    def sizes(self) -> list[int]:
+        return [len(group) for group in self.groups]
+
+    def read(self, wanted: Callable[[int], bool]) -> Iterator[_Read]:
+        """The batches whose number is wanted."""
+        numbers = [number for number in range(len(self.groups)) if wanted(number)]
+        starts = list(itertools.accumulate(self.sizes(), initial=0))
+        raws = self._load([self.groups[number] for number in numbers])
+        for number, raw in zip(numbers, raws, strict=True):
+            yield _Read(number, range(starts[number], starts[number + 1]), raw, self.groups[number])
+
+    def pick(self, images: Sequence[int]) -> _Read:
+        """These images, as one batch."""
+        chosen = [self.places[image] for image in images]
+        return _Read(0, images, next(iter(self._load([chosen]))), chosen)
+
+    def _load(self, groups: list[list[int]]) -> Iterable[Any]:
+        """These groups of the data set's items, as the loader would have given them."""
+        if isinstance(self.data, Synthetic) and not self.data.pairs:  # the masks, too
+            return map(self.data.batch, groups)
+        planned = with_plan(self.loader, groups, num_workers=min(self.loader.num_workers, len(groups)))
+        if planned.generator is not None:  # the user's goes on from where it is
+            planned.generator = generator_of(self.seed)
+        return planned
+
+
+class _Stream:
+    """Batches that can only be read through, from the first one."""
+
+    def __init__(self, data: Iterable[Any], limit: int | None, seed: int) -> None:
+        self.data, self.limit, self.seed = data, limit, seed
+        self.readable_again = not hasattr(data, "__next__")
+        self._begun: list[Any] = []  # the first batch of a one-time iterator, which is asked for again
+
+    def sizes(self) -> list[int] | None:
+        """None where the data has no length."""
+        if not isinstance(self.data, Sequence):
+            return None
+        end = math.inf if self.limit is None else self.limit
+        return [int(min(images.stop, end)) - images.start for images, _ in self._numbered(self.data)]
+
+    def read(self, wanted: Callable[[int], bool]) -> Iterator[_Read]:
+        """The batches whose number is wanted, of a one-time iterator besides the first those that were not read yet."""
+        # A shuffling loader has the same order whenever it is read.
+        with seeded(self.seed), own_generators_seeded(self.data, self.seed):
+            for number, (images, raw) in enumerate(self._numbered(self._all())):
+                if wanted(number):
+                    yield _Read(number, images, raw)
+
+    def _numbered(self, raws: Iterable[Any]) -> Iterator[tuple[range, Any]]:
+        """Each batch with the indices of its images, up to the last that holds one below the limit."""
+        start = 0
+        for number, raw in enumerate(raws):
+            images = range(start, start + len(parts_of(raw, number)["image"]))
+            yield images, raw
+            start = images.stop
+            if self.limit is not None and start >= self.limit:
+                return
+
+    def _all(self) -> Iterator[Any]:
+        if self.readable_again:
+            yield from self.data
+            return
+        if not self._begun:
+            self._begun += itertools.islice(self.data, 1)
+        yield from self._begun
+        yield from self.data
+
+
+def _digest_of_all(batches: Sequence[Any]) -> str:
+    """Of a part of the pixels, and of all labels and truths."""
+    digest = hashlib.blake2b(digest_size=8)
+    for number, raw in enumerate(batches):
+        held = parts_of(raw, number)
+        flat = held.pop("image").detach().flatten()
+        digest.update(flat[:: max(1, flat.numel() // 256)].double().cpu().contiguous().numpy().tobytes())
+        for part in tree_leaves(held):
+            if isinstance(part, Tensor):
+                digest.update(part.detach().double().cpu().contiguous().numpy().tobytes())
+            elif isinstance(part, str | int | float):
+                digest.update(repr(part).encode())
+    return digest.hexdigest()
 
 
 def _are_images(part: Any) -> bool:
