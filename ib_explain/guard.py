@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from ib_explain.hooks import uninterrupted
 from ib_explain.io import fingerprint
 
-__all__ = ["HostChanged", "unharmed"]
+__all__ = ["HostChanged", "is_ours", "unharmed"]
 
 
 class HostChanged(RuntimeError):
@@ -42,6 +43,11 @@ def unharmed(host: nn.Module) -> Iterator[None]:
         raise HostChanged(told) from problem
     if problem is not None:
         raise problem
+
+
+def is_ours(code: Any) -> bool:
+    """Whether a function or class is the package's own."""
+    return str(getattr(code, "__module__", None)).startswith("ib_explain.")
 
 
 def _weights(host: nn.Module) -> tuple[str, list[complex]]:

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from ib_explain.ib import IBAttention
 from ib_explain.modules import module_name, unwrap
 
-__all__ = ["Identity", "is_ours"]
+__all__ = ["Identity"]
 
 LONG = 1000  # characters of a value; a longer one is told by its digest, so that run.json stays readable
 NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
@@ -127,11 +127,6 @@ class Identity:
         if isinstance(owner, nn.Module) or type(owner).__module__.startswith("captum."):
             state = {key: value for key, value in state.items() if not key.startswith("_")}
         return {key: self.value(value) for key, value in sorted(state.items()) if not isinstance(value, PASSING)}
-
-
-def is_ours(code: Any) -> bool:
-    """Whether a function or class is the package's own, whose version a run notes."""
-    return str(getattr(code, "__module__", None)).startswith("ib_explain.")
 
 
 def source(code: Any) -> dict[str, str]:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ib_explain.checks import check_maps, take_options
 from ib_explain.facts import with_fresh_facts
-from ib_explain.guard import unharmed
+from ib_explain.guard import is_ours, unharmed
 from ib_explain.ib import IBAttention
-from ib_explain.identity import is_ours
 from ib_explain.maps import resize
 from ib_explain.methods import METHODS
 from ib_explain.methods.base import Call
