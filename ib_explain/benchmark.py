@@ -18,7 +18,8 @@ from ib_explain.checks import check_positive_int, did_you_mean
 from ib_explain.contenders import Contender, contenders_of
 from ib_explain.fitting import launched
 from ib_explain.gallery import draw_pictures
-from ib_explain.identity import Identity, is_ours
+from ib_explain.guard import is_ours
+from ib_explain.identity import Identity
 from ib_explain.io import host_facts, versions
 from ib_explain.leaderboard import Leaderboard
 from ib_explain.lending import frozen, run_host

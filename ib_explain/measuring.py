@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.contenders import Contender
-from ib_explain.guard import HostChanged
-from ib_explain.identity import is_ours
+from ib_explain.guard import HostChanged, is_ours
 from ib_explain.lending import lacks_memory
 from ib_explain.methods.base import NotApplicable
 from ib_explain.metrics import Case, Curve, Metric, centred_gaussian
