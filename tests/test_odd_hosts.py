@@ -114,6 +114,17 @@ def test_gradients_of_a_host_whose_trunk_runs_without_autograd(x: Tensor) -> Non
     assert not torch.equal(ib.attribute(x, target=0), ib.attribute(x, target=1))
 
 
+@pytest.mark.parametrize(
+    "method",
+    ["saliency", "input_x_gradient", "integrated_gradients", "smooth_grad", "gradient_shap", "deep_lift", "lrp"],
+)
+def test_gradients_of_images_that_a_host_does_not_let_through(method: str, x: Tensor) -> None:
+    host = made(Probe)
+    with pytest.raises(NotApplicable, match="no gradient of the logits reaches the images of this Probe: its forward"):
+        ibx.attribute(host, x[:2], method=method)
+    assert ibx.attribute(host, x[:2], method="feature_ablation", tile=16).any()
+
+
 @pytest.mark.parametrize("method", ["ib", "eigen_cam", "br_npa"])
 def test_a_host_whose_checkpoints_let_no_gradient_through(method: str, x: Tensor) -> None:
     host = made(Checkpointed)

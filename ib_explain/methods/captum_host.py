@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.lending import run_host
+from ib_explain.methods.base import NotApplicable
 
-__all__ = ["Structure", "for_captum", "inspect"]
+__all__ = ["Structure", "for_captum", "inspect", "run_differentiably"]
 
 # Autograd nodes that only rearrange values.
 SHAPE = {"View", "UnsafeView", "ReshapeAlias", "Alias", "Clone", "Permute", "Transpose", "T", "Squeeze", "Unsqueeze"}
@@ -38,13 +39,17 @@ class Structure:
 
 
 def inspect(host: nn.Module, x: Tensor) -> Structure:
-    """Run the frozen host on one image and read which modules ran and which operations autograd recorded."""
+    """Run the frozen host on one image and read which modules ran and which operations autograd recorded.
+
+    Raises:
+        NotApplicable: no gradient of the logits reaches the images.
+    """
     calls: dict[nn.Module, int] = {}
     with _restored(host), torch.enable_grad():
         for module in host.modules():
             if next(module.children(), None) is None:
                 module.__dict__["forward"] = _counted(module, module.forward, calls)
-        logits = run_host(host, x[:1].detach().clone().requires_grad_())
+        logits = run_differentiably(host, x[:1].detach().clone().requires_grad_())
     nodes: Counter[str] = Counter()
     joins: Counter[str] = Counter()
     seen, stack = set(), [logits.grad_fn]
@@ -60,6 +65,21 @@ def inspect(host: nn.Module, x: Tensor) -> Structure:
             nodes[name] += 1
             joins[name] += len(parents) > 1
     return Structure(calls, nodes, +joins)
+
+
+def run_differentiably(host: nn.Module, x: Tensor) -> Tensor:
+    """Checked logits of the frozen host; where gradients are asked for, there are some.
+
+    Raises:
+        NotApplicable: no gradient of the logits reaches the images.
+    """
+    logits = run_host(host, x)
+    if x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+        raise NotApplicable(
+            f"no gradient of the logits reaches the images of this {type(host).__name__}: its forward runs under "
+            "no_grad, detaches or rounds; occlusion, feature_ablation and rise need none"
+        )
+    return logits
 
 
 @contextlib.contextmanager

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_images, check_number, check_positive_int
-from ib_explain.lending import run_host
 from ib_explain.maps import resize
 from ib_explain.methods.base import Call, NotApplicable, check_reference, register_method
 from ib_explain.methods.cam import glance
-from ib_explain.methods.captum_host import for_captum, inspect
+from ib_explain.methods.captum_host import for_captum, inspect, run_differentiably
 from ib_explain.methods.captum_rules import PROPAGATED, check_deep_lift, check_guided, check_lrp
 from ib_explain.methods.grad_cam import grad_cam_map
 from ib_explain.randomness import generator_of, uniform
@@ -340,7 +339,7 @@ def _gradient(call: Call, x: Tensor, classes: Tensor) -> Tensor:
 
 def _forward(host: nn.Module) -> Callable[[Tensor], Tensor]:
     """The host, its logits checked."""
-    return lambda x: run_host(host, x)
+    return lambda x: run_differentiably(host, x)
 
 
 def _noise(call: Call, samples: int) -> Iterator[Tensor]:
