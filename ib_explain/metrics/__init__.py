@@ -1,6 +1,6 @@
 """Measures of a map: plain functions on tensors, and a registry for the benchmark."""
 
-from ib_explain.metrics.base import METRICS, Case, Curve, Metric, register_metric
+from ib_explain.metrics.base import METRICS, Case, Curve, Metric, register_function, register_metric
 from ib_explain.metrics.consistency import Consistency, input_modification_consistency
 from ib_explain.metrics.correlation import dc, ic, sensitivity_n
 from ib_explain.metrics.cost import Cost, count_passes, measure_cost
@@ -29,7 +29,6 @@ from ib_explain.metrics.perturbation import (
     insertion,
     insertion_deletion,
 )
-from ib_explain.metrics.plain import register_function
 from ib_explain.metrics.probe import Probe
 from ib_explain.metrics.road import noisy_linear_imputation, road, road_combined
 from ib_explain.metrics.robustness import infidelity, max_sensitivity

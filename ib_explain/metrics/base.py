@@ -1,13 +1,14 @@
 """What a metric is given (`Case`), what a curve is (`Curve`), and where metrics are filed (`METRICS`).
 
-To add one: a function from a `Case` to scores (B,), NaN where undefined, under `register_metric`.
+To add one: a function from a `Case` to scores (B,), NaN where undefined, under `register_metric`; a plain function of
+tensors, by `register_function`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from ib_explain.metrics.probe import Probe
 from ib_explain.registry import Registry
 from ib_explain.targets import Target
 
-__all__ = ["FAMILIES", "METRICS", "NEEDS", "Case", "Curve", "Metric", "register_metric"]
+__all__ = ["FAMILIES", "METRICS", "NEEDS", "Case", "Curve", "Metric", "register_function", "register_metric"]
 
 FAMILIES = ("perturbation", "localisation", "human", "sanity", "robustness", "complexity", "cost")
 NEEDS = ("model", "maps", "explain", "masks", "density", "fixations", "other", "baseline")
@@ -82,7 +83,7 @@ class Case:
         """Whether this case holds what a metric's `needs` names."""
         return getattr(self, need) is not None
 
-    @cached_property
+    @functools.cached_property
     def probe(self) -> Probe:
         """The host with these images and targets, asked once about what several metrics share."""
         if self.model is None or self.x is None:
@@ -187,3 +188,36 @@ def register_metric(
         return score
 
     return file
+
+
+def register_function(
+    function: Callable[..., Tensor],
+    *,
+    family: str,
+    unit: str,
+    needs: tuple[str, ...],
+    higher_is_better: bool = True,
+    suffix: str = "",
+    derived: bool = False,
+) -> None:
+    """File a plain function of tensors under its own name; its first doc line is the summary.
+
+    Args:
+        function: called with the fields `needs` of the case, in that order, returns scores (B,).
+        family: as in `register_metric`.
+        unit: of the scores.
+        needs: fields of `Case`.
+        higher_is_better: direction.
+        suffix: put behind the function's name.
+        derived: as in `register_metric`.
+    """
+
+    @functools.wraps(function)
+    def score(case: Case) -> Tensor:
+        return function(*(getattr(case, need) for need in needs))
+
+    name = function.__name__ + suffix
+    file = register_metric(
+        name, family=family, unit=unit, higher_is_better=higher_is_better, needs=needs, derived=derived
+    )
+    file(score)

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from ib_explain.checks import did_you_mean
+from ib_explain.metrics.base import register_function
 from ib_explain.metrics.ground_truth import centred_gaussian, fixation_pixels
-from ib_explain.metrics.plain import register_function
 from ib_explain.metrics.values import flat_heat, flat_values, is_constant, undefined_where
 
 __all__ = [

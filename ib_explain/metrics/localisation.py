@@ -22,8 +22,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ib_explain.metrics.base import register_function
 from ib_explain.metrics.ground_truth import centred_gaussian
-from ib_explain.metrics.plain import register_function
 from ib_explain.metrics.values import flat_heat, flat_values, is_constant, undefined_where
 
 __all__ = [
