@@ -120,7 +120,7 @@ def _add_fit(commands: Commands) -> None:
         "--steps",
         type=_positive,
         metavar="N",
-        help="batches (default: 6,400 images, 12,800 with --reads features)",
+        help="batches (default: 6,400 images, 8,960 with --reads features)",
     )
     _choice(fit, "--gate", ("gaussian", "noise", "residual"))
     _choice(fit, "--reads", ("gradient", "features"))

@@ -30,7 +30,7 @@ __all__ = ["Statistics", "check_varies", "choose_precision", "doubts", "estimate
 
 STATISTICS_IMAGES = 2000
 # Of a fit whose number of steps is not given: without the gradient, evidence for a class has to be learned.
-DEFAULT_IMAGES = {"gradient": 6_400, "features": 12_800}
+DEFAULT_IMAGES = {"gradient": 6_400, "features": 8_960}
 GRID_ALONE_IN_DOUBT = 0.9
 SHUT_IN_DOUBT = 0.05
 

@@ -218,11 +218,11 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             data: iterable of (images, labels) or of images, normalised as the host expects: a DataLoader, a list, what
                 `timm.data.create_loader` gives. Training images, shuffled: the statistics come from the first ones.
             steps: batches, with two steps of the optimiser on each (they share the host's clean pass); by default as
-                many as show 6,400 images, 12,800 with reads="features", at least 100.
+                many as show 6,400 images, 8,960 with reads="features", at least 100.
             beta: weight of the rate (`ib_explain.objective.rate`: the root of the nats a feature element, priced by
                 place) against the cross-entropy in nats; None for what is at stake in each image (the divergence of
                 the host's prediction from that with nothing let through), which carries over from layer to layer and
-                host to host. With reads="features" the weight rises to beta over the first eighth of the steps.
+                host to host. With reads="features" the weight rises to beta over the first 18 % of the steps.
             lr: peak learning rate, 2e-3 by default.
             objective: "prediction" explains what the host says (targets drawn from its own predictive distribution),
                 "label" the labels in the data.

@@ -7,7 +7,7 @@ the number of classes and the scale of the logits. Images whose class the host s
 say in it: nothing that passes could keep what is not lost, and they would teach the attention to close.
 
 An attention that reads no gradient is fitted with one all the same: it prices the places. It has to learn where the
-evidence is before it closes, so the rate's weight rises to beta over the first eighth of its fit: for a class that it
+evidence is before it closes, so the rate's weight rises to beta over the first 18 % of its fit: for a class that it
 closes for too early it would stay closed, since a closed gate says little of what an open one would show.
 """
 
@@ -38,7 +38,7 @@ from ib_explain.relevance import LEAST_TYPICAL_BITS, coalitions, label_informati
 __all__ = ["PRECISIONS", "UPDATES", "FitSettings", "Trainer"]
 
 UPDATES = 2  # of the weights on each batch: they share the clean pass, which costs as much as the restricted one
-PRICE_RISES = 0.125  # share of the batches, of a fit without the gradient
+PRICE_RISES = 0.18  # share of the batches, of a fit without the gradient
 SHUT = 0.01  # of the batch's mean bits: an image that gets less, and loses its answer by it, has been closed for
 LOOK_AGAIN = 8  # batches until the fully closed and the fully open bottleneck are looked at again
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
