@@ -85,7 +85,7 @@ def check_lrp(host: nn.Module, structure: Structure) -> None:
     runs = sum(count for module, count in structure.calls.items() if isinstance(module, PROPAGATED))
     outside = structure.nodes.total() - runs
     if outside < 0:
-        raise NotApplicable(f"Captum's LRP needs a chain of modules, {-outside} of this {name}'s lead nowhere")
+        raise NotApplicable(f"Captum's LRP needs a chain of modules, {-outside} modules of this {name} lead nowhere")
     if outside:
         raise NotApplicable(
             f"Captum's LRP needs modules, {outside} of this {name}'s operations are none; it runs {_most(structure)}"
