@@ -125,6 +125,21 @@ def test_gradients_of_images_that_a_host_does_not_let_through(method: str, x: Te
     assert ibx.attribute(host, x[:2], method="feature_ablation", tile=16).any()
 
 
+def test_a_module_that_leads_nowhere_has_no_relevance(x: Tensor) -> None:
+    class Loose(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.loose = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(3, 8, 3, 2, 1)
+            self.pool, self.flat, self.head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.loose(x)
+            return self.head(self.flat(self.pool(self.stem(x))))
+
+    with pytest.raises(NotApplicable, match="1 modules of this Loose lead nowhere"):
+        ibx.attribute(made(Loose), x[:2], method="lrp")
+
+
 @pytest.mark.parametrize("method", ["ib", "eigen_cam", "br_npa"])
 def test_a_host_whose_checkpoints_let_no_gradient_through(method: str, x: Tensor) -> None:
     host = made(Checkpointed)
