@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -131,7 +131,8 @@ def _facts(given: Any, runner: Runner, options: Mapping[str, Any], model: nn.Mod
         return of.bottleneck(given) | chosen
     if method is None:
         return of.code(given) | chosen
-    held = {field.name: of.value(getattr(method, field.name)) for field in fields(method)}
+    named = [field.name for field in fields(method)] if is_dataclass(method) else []  # another class has no options
+    held = {name: of.value(getattr(method, name)) for name in named}
     code = {} if runner.ours else of.code(getattr(method, "function", type(method)))
     return code | {"method": runner.name} | held
 

@@ -36,7 +36,7 @@ class Runner:
     unit: str | None = None
     """Of its maps; None where it does not tell."""
     method: Any = None
-    """The object of a method's dataclass; None for what is none."""
+    """The object of a method's class; None for what is none."""
     resolves_target: bool = False
     """It checks the target on the logits of its own forward pass."""
     made_for: nn.Module | None = None
@@ -77,12 +77,12 @@ def runner_of(method: Any, options: Mapping[str, Any], model: nn.Module) -> Runn
     if isinstance(method, str):
         entry = METHODS.get(method)
         known = [f.name for f in fields(entry)] if is_dataclass(entry) else []
-        return _of_method(entry(**take_options(options, known, f"method {method!r}")))
+        return _of_method(entry(**take_options(options, known, f"method {method!r}")), method)
     if isinstance(method, type):
         raise TypeError(f"method must be an object, got the class {method.__name__}; make one of it first")
     if _is_method(method):
         take_options(options, [], f"the given {type(method).__name__}")
-        return _of_method(method)
+        return _of_method(method, _name(method))
     if isinstance(method, IBAttention):
         return _of_bottleneck(method, options, model)
     if hasattr(method, "attribute"):
@@ -104,9 +104,9 @@ def _is_method(given: Any) -> bool:
     return sum(one.default is one.empty and one.kind is not one.VAR_KEYWORD for one in taken) == 1
 
 
-def _of_method(method: Any) -> Runner:
+def _of_method(method: Any, name: str) -> Runner:
     return Runner(
-        _name(method),
+        name,
         method,
         OUTPUTS[method.output] if isinstance(method, PerImageIB) else getattr(method, "unit", None),
         method=method,

@@ -321,6 +321,28 @@ def test_a_function_under_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert {"method", "source"} == board.run["settings"]["methods"]["brightness"].keys()
 
 
+def test_one_class_under_two_names_and_one_that_is_no_dataclass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
+
+    class Plain:
+        def __call__(self, call: Call) -> Tensor:
+            return call.x.mean(dim=1, keepdim=True)
+
+    @dataclass(frozen=True)
+    class Scaled(Plain):
+        gain: float = 2.0
+
+    register_method("plain")(Plain)
+    for name in ("first", "second"):
+        register_method(name)(Scaled)
+    methods = ["plain", "first", "second", Scaled(gain=1.0)]
+    with pytest.raises(ValueError, match="two methods are called 'first'"):  # an object has the first name of its class
+        contenders_of(methods, host_of("test_resnet"))
+    told = {one.name: one.facts for one in contenders_of(methods[:3], host_of("test_resnet"))}
+    assert list(told) == methods[:3] and [facts["method"] for facts in told.values()] == methods[:3]
+    assert "gain" not in told["plain"] and told["second"]["gain"] == 2.0
+
+
 def test_a_registered_function_has_gradients_as_one_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
 
