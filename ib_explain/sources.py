@@ -176,10 +176,12 @@ class Source:
             if image >= len(self.names):
                 raise ValueError(f"names must hold one name for each image, got {len(self.names)} for image {image}")
             return str(self.names[image])
+        if place is None:
+            return f"image {image}"
         data: Any = self.reader.data
-        while isinstance(data, Subset) and place is not None:
+        while isinstance(data, Subset):
             data, place = data.dataset, data.indices[place]
-        return f"image {image}" if place is None or not hasattr(data, "name") else str(data.name(place))
+        return str(data.name(place)) if hasattr(data, "name") else f"image {place}"
 
 
 class _Read(NamedTuple):

@@ -59,6 +59,10 @@ def test_data_sets_and_loaders_are_read_batch_by_batch_with_their_names(x):
     assert picked.names == ["0.jpg", "5.jpg"] and torch.equal(picked.x, x[[0, 5]])
     subset = Source(Subset(Named(x), [4, 1]))
     assert subset.first.names == ["4.jpg", "1.jpg"] and subset.facts()["name"] == "Named"
+    unnamed = TensorDataset(x, torch.zeros(len(x)).long())  # by their places in the data set
+    assert Source(Subset(unnamed, [4, 1])).first.names == ["image 4", "image 1"]
+    assert Source(unnamed, images=3).first.names == ["image 0", "image 2", "image 4"]
+    assert Source([x]).first.names[4] == "image 4"
 
 
 def test_n_images_are_spread_over_a_data_set_and_are_the_first_of_a_list(x):
