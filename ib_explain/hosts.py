@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,16 +107,21 @@ def input_size_of(model: nn.Module) -> tuple[int, int, int]:
         first_conv = next((m for m in host.modules() if isinstance(m, nn.Conv2d) and m.groups == 1), None)
         return 3 if first_conv is None else first_conv.in_channels, 224, 224
     size = config.get("input_size") or (3, 224, 224)
-    # timm keeps three channels in it when a model is made with in_chans=1 or 6. The first convolution knows better,
-    # unless squares of pixels were folded into channels before it (4 x 4 of them in TResNet).
+    # timm keeps three channels in it when a model is made with in_chans=1 or 6. The first convolution knows better.
     first = config.get("first_conv")
     first = first[0] if isinstance(first, tuple | list) and first else first
     stem = dict(host.named_modules()).get(first) if isinstance(first, str) else None
     channels = size[0]
     if isinstance(stem, nn.Conv2d) and stem.groups == 1:
-        folded = stem.in_channels % size[0] == 0 and math.isqrt(stem.in_channels // size[0]) ** 2 * size[0]
-        channels = size[0] if folded == stem.in_channels else stem.in_channels
+        channels = stem.in_channels // _pixels_folded(host)
     return int(channels), int(size[1]), int(size[2])
+
+
+def _pixels_folded(host: nn.Module) -> int:
+    """Pixels that become channels of one position before the first convolution: 1, or 4 x 4 in TResNet."""
+    from timm.layers import SpaceToDepth
+
+    return next((module.bs**2 for module in host.modules() if isinstance(module, SpaceToDepth)), 1)
 
 
 def timm_data_config(model: nn.Module) -> dict[str, Any] | None:

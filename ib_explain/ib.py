@@ -31,7 +31,7 @@ from ib_explain.checks import (
 )
 from ib_explain.data.batches import Batches, Share
 from ib_explain.facts import weights_state, with_fresh_facts
-from ib_explain.files import current_folder, replace_folder
+from ib_explain.files import replace_folder
 from ib_explain.fitting import (
     DEFAULT_IMAGES,
     check_varies,
@@ -471,7 +471,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         if not isinstance(path, str | os.PathLike):
             raise TypeError(f"path must be the name of a folder, got {path!r}")
         with outside_inference_mode():
-            tensors, config = read_folder(current_folder(path) or Path(path))
+            tensors, config = read_folder(path)
         fitted_to = config["host"]
         check_host(path, config, model)
         options = {name: config[name] for name in OPTIONS}

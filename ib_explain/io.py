@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ib_explain.checks import warn_user
+from ib_explain.files import current_folder
 from ib_explain.hosts import timm_config
 from ib_explain.layouts import Layout
 from ib_explain.modules import host_dtype, unwrap
@@ -27,12 +28,14 @@ __all__ = [
     "CONFIG",
     "FILES",
     "FORMAT",
+    "WEIGHTS",
     "check_host",
     "data_config",
     "fingerprint",
     "host_facts",
     "layout_from_json",
     "read_folder",
+    "saved_folder",
 ]
 __all__ += ["versions", "write_folder"]
 
@@ -48,13 +51,19 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and config.
+def saved_folder(path: str | os.PathLike[str]) -> Path:
+    """Where a saved bottleneck is: at `path`, or set aside by a save that was killed; `path` if there is none."""
+    return current_folder(path) or Path(path)
+
+
+def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and config of the folder at `saved_folder`.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a damaged file, or a format that this version does not know.
     """
+    folder = saved_folder(path)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no saved bottleneck: it has no {name}")

@@ -74,9 +74,8 @@ class Reader:
         return cls(path, axis, fold, values) if bool((values != values[:1]).any()) else None
 
     def add(self, other: Reader) -> None:
-        """Take in another draw; a draw added to itself counts once."""
-        if other is not self:
-            self.response = self.response + other.response
+        """Take in another draw of the same leaf."""
+        self.response = self.response + other.response
 
     def positions(self, axes: tuple[int, ...]) -> Tensor:
         """Measured (y, x) of every position, in stripes: (2, P)."""

@@ -64,8 +64,14 @@ def find_layouts(
         if not open_names:
             break
         for name, fresh in _probe(model, open_names, input_size, draw, args).items():
-            for known, new in zip(readers.setdefault(name, fresh), fresh, strict=True):
-                known.add(new)
+            # By path: a leaf that one draw does not move, such as a flag, has no reader of that draw.
+            known = {reader.path: reader for reader in readers.get(name, [])}
+            for reader in fresh:
+                if reader.path in known:
+                    known[reader.path].add(reader)
+                else:
+                    known[reader.path] = reader
+            readers[name] = list(known.values())
             results[name] = choose(readers[name], input_size)
         open_names = [n for n in open_names if not (isinstance(r := results[n], Layout) and r.score >= CERTAIN)]
     return results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -69,13 +69,13 @@ class Cell(Interval):
     """One method under one metric."""
 
     status: str = "ok"
-    """"ok" if any image has a value, else "not_applicable", "failed", "undefined" (NaN on all images) or "missing"."""
+    """"ok" if any image has a value, else "failed", "not_applicable", "undefined" (NaN on all images) or "missing"."""
     undefined: int = 0
     """Images on which the metric is undefined."""
     failed: int = 0
     """Images of batches on which the method failed."""
     reason: str = ""
-    """Why it failed or does not apply; where there are several, the most frequent one."""
+    """Why it failed on all or some images, or else does not apply to them; of several reasons the commonest."""
     left_out: int = 0
     """Images of batches to which the method does not apply, where others have a value."""
 
@@ -346,17 +346,18 @@ def _mean_ranks(
 
 def _cells(rows: Sequence[Row], intervals: dict[tuple[str, str], Interval]) -> dict[tuple[str, str], Cell]:
     counts: dict[tuple[str, str], Counter[str]] = {key: Counter() for key in intervals}
-    reasons: dict[tuple[str, str], Counter[str]] = {key: Counter() for key in intervals}
+    reasons: dict[tuple[str, str], dict[str, Counter[str]]] = {key: defaultdict(Counter) for key in intervals}
     for row in rows:
         key = row.method, row.metric
         counts[key]["undefined" if row.status == "ok" and math.isnan(row.value) else row.status] += 1
         if row.status != "ok":
-            reasons[key][row.reason] += 1
+            reasons[key][row.status][row.reason] += 1
     cells = {}
     for key, interval in intervals.items():
         count = counts[key]
-        status = next((s for s in ("ok", "not_applicable", "failed", "undefined") if count[s]), "missing")
-        reason = reasons[key].most_common(1)[0][0] if reasons[key] else ""
+        status = next((s for s in ("ok", "failed", "not_applicable", "undefined") if count[s]), "missing")
+        given = reasons[key]["failed" if count["failed"] else "not_applicable"].most_common(1)
+        reason = given[0][0] if given else ""
         means = interval.mean, interval.low, interval.high, interval.n
         left_out = count["not_applicable"] if status == "ok" else 0
         cells[key] = Cell(*means, status, count["undefined"], count["failed"], reason, left_out)

@@ -258,6 +258,13 @@ def test_attribute_does_the_readable_images_and_names_the_others(bottleneck, hos
         assert [row["name"] for row in csv.DictReader(stream)] == [f"{c}/{i}" for c in "abcde" for i in range(2)]
 
 
+def test_a_bottleneck_whose_save_was_killed_is_found(bottleneck, host, pictures, tmp_path):
+    shutil.copytree(bottleneck, tmp_path / ".ib.set-aside")  # where the older one is between two renames
+    words = ["attribute", *host, pictures / "train" / "a", "--bottleneck", tmp_path / "ib", "--workers", 0]
+    assert main([str(word) for word in [*words, "--out", tmp_path / "maps"]]) == 0
+    assert (tmp_path / "maps" / "0.npz").is_file()
+
+
 def test_attribute_continues_the_same_command_and_refuses_another(host, pictures, tmp_path, capsys):
     out = tmp_path / "maps"
     words = ["attribute", *host, str(pictures / "train" / "a"), "--method", "grad_cam", "--out", str(out)]

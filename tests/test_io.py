@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ib_explain.files import current_folder, replace_file, replace_folder
 from ib_explain.ib import IBAttention
-from ib_explain.io import fingerprint, write_folder
+from ib_explain.io import fingerprint, read_folder, write_folder
 from tests.models import images, tiny
 
 
@@ -158,6 +158,7 @@ def test_a_crash_between_the_renames_of_a_save_loses_nothing(saved, tmp_path):
     ib.save(tmp_path / "b")
     (tmp_path / "b").rename(tmp_path / ".b.set-aside")  # where a crash leaves it
     assert IBAttention.load(tmp_path / "b", ib.host).fitted
+    assert read_folder(tmp_path / "b")[1] == read_folder(tmp_path / ".b.set-aside")[1]
 
 
 def test_a_failed_save_leaves_the_older_folder(saved, tmp_path, monkeypatch):

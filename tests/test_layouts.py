@@ -297,6 +297,25 @@ class TestRefusal:
         assert answer == f"expected {rule}, got (B, 5, 8)"
 
 
+def test_a_leaf_that_one_draw_does_not_move() -> None:
+    """A flag of the image beside scrambled positions, which take two draws: it may follow the images of one alone."""
+    scrambled = torch.randperm(GRID[0] * GRID[1], generator=torch.Generator().manual_seed(0))
+    flags: list[bool] = []
+
+    for threshold in torch.arange(-1, 1, 0.05).tolist():
+        moved = []
+
+        def pack(x: Tensor, threshold: float = threshold, moved: list[bool] = moved) -> tuple[Tensor, Tensor]:
+            flag = x[:, 0, 0, 0] > threshold
+            moved.append(bool(flag.any()) and not bool(flag.all()))
+            return x.flatten(2)[:, :, scrambled].view_as(x), flag.float()
+
+        _, answer = found(pack, lambda o: o[0])
+        assert isinstance(answer, str)
+        flags.append(moved[-1] != moved[-3])  # the longer passes of the two draws
+    assert any(flags)  # it did happen
+
+
 class TestFinestGrid:
     """Upper bounds from the shape alone, for a batch of 2."""
 

@@ -167,6 +167,16 @@ def test_lrp_by_hand() -> None:
     torch.testing.assert_close(ours, relevance.sum(dim=1, keepdim=True), rtol=1e-3, atol=1e-6)
 
 
+def test_lrp_of_a_host_that_pools_twice_by_one_module() -> None:
+    torch.manual_seed(0)
+    pool, convolutions = nn.MaxPool2d(2), (nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3))
+    end = (nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5))
+    shared = nn.Sequential(convolutions[0], nn.ReLU(), pool, convolutions[1], nn.ReLU(), pool, *end).eval()
+    own = nn.Sequential(convolutions[0], nn.ReLU(), pool, convolutions[1], nn.ReLU(), nn.MaxPool2d(2), *end).eval()
+    maps = [ibx.attribute(host, images(), method="lrp", target=TARGET) for host in (shared, own)]
+    torch.testing.assert_close(maps[0], maps[1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("method", "name", "reason"),
     [

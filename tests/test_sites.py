@@ -426,7 +426,9 @@ def test_input_size_from_the_hosts_own_config() -> None:
         ("resnet10t", {"in_chans": 1}, 1),
         ("resnet10t", {"in_chans": 6}, 6),
         ("crossvit_tiny_240", {"in_chans": 1}, 1),  # several first convolutions
-        ("tresnet_m", {}, 3),
+        ("resnet10t", {"in_chans": 12}, 12),  # not 2 x 2 pixels of three channels
+        ("tresnet_m", {}, 3),  # folds 4 x 4 pixels before its first convolution
+        ("tresnet_m", {"in_chans": 1}, 1),
     ],
 )
 def test_the_number_of_channels_is_that_of_the_images(name, options, channels):

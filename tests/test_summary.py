@@ -210,6 +210,18 @@ def test_failed_batches_cost_their_images_only():
     assert (cell.status, cell.n) == ("failed", 0)
 
 
+def test_the_reason_that_is_told_is_of_the_status_that_is_told():
+    rows = [Row(i, "x", "a", "insertion", status="not_applicable", reason="needs a square") for i in range(3)]
+    cell = summarise(rows, [UP]).cells["a", "insertion"]
+    assert (cell.status, cell.reason) == ("not_applicable", "needs a square")
+    rows += [Row(3, "x", "a", "insertion", status="failed", reason="boom")]
+    cell = summarise(rows, [UP]).cells["a", "insertion"]
+    assert (cell.status, cell.failed, cell.reason) == ("failed", 1, "boom")
+    rows += rows_of({("a", "insertion"): np.arange(5.0)})[4:]
+    cell = summarise(rows, [UP]).cells["a", "insertion"]
+    assert (cell.status, cell.failed, cell.left_out, cell.reason) == ("ok", 1, 3, "boom")
+
+
 def test_a_method_is_not_ranked_better_than_its_twin_for_the_images_it_failed_on():
     easy, hard = np.array([0.9, 0.8]), np.array([0.2, 0.1])
     rows = rows_of({("same", "insertion"): np.concatenate([easy, hard]), ("low", "insertion"): np.full(4, 0.05)})

@@ -33,7 +33,7 @@ from ib_explain.data.origins import class_folders
 from ib_explain.data.preprocessing import Preprocess
 from ib_explain.hosts import class_names
 from ib_explain.ib import IBAttention
-from ib_explain.io import host_facts, read_folder
+from ib_explain.io import WEIGHTS, host_facts, read_folder, saved_folder
 from ib_explain.maps import in_bits
 from ib_explain.methods.base import METHODS
 from ib_explain.modules import host_device
@@ -221,7 +221,7 @@ def _command(args: argparse.Namespace, host: nn.Module, size: tuple[int, int, in
     }
     if args.bottleneck is None:
         return command | {"method": args.method, "layer": args.layer}
-    content = (args.bottleneck / "bottleneck.safetensors").read_bytes()
+    content = (saved_folder(args.bottleneck) / WEIGHTS).read_bytes()
     chosen = {"refine": args.refine} | ({} if args.output == "bits" else {"output": args.output})
     return command | {"bottleneck": hashlib.sha256(content).hexdigest()[:16], **chosen}
 

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import zipfile
 import zlib
@@ -199,9 +200,8 @@ def plan_names(sources: Sequence[tuple[Path, Path]], free: Free | None = None) -
     taken: dict[str, None] = dict.fromkeys(RESERVED)  # an ordered set
     for path, below in sources:
         plain = below.with_suffix("").as_posix().replace("../", "").lstrip("/")
-        name, number = plain, 1
-        while name in taken or not (free is None or free(name, path, functools.partial(digest_of, path))):
-            name = f"{plain}-{path.suffix[1:]}" if number == 1 else f"{plain}-{number}"
-            number += 1
-        taken[name] = None
+        digest = functools.partial(digest_of, path)
+        with_suffix = [f"{plain}-{path.suffix[1:]}"] if path.suffix else []
+        names = itertools.chain([plain], with_suffix, (f"{plain}-{number}" for number in itertools.count(2)))
+        taken[next(n for n in names if n not in taken and (free is None or free(n, path, digest)))] = None
     return list(taken)[len(RESERVED) :]

@@ -236,7 +236,8 @@ class LRP:
             raise NotApplicable("LRP's epsilon, 1e-9, is zero in float16; explain a float32 copy of the model")
         classes = call.classes()
         # Captum's LRP writes weights and puts them back: into a copy, since a graph of the user's may hold the host's.
-        with for_captum(copy.deepcopy(call.model), structure.calls) as host:
+        twin, calls = copy.deepcopy((call.model, structure.calls))
+        with for_captum(twin, calls) as host:
             peer = Peer(host)
             # Captum refuses a host for an nn.Identity or nn.Flatten, in which nothing happens: show it the others.
             peer._get_layers = lambda model: peer.layers.extend(m for m in model.modules() if type(m) in PROPAGATED)
