@@ -94,7 +94,7 @@ def _add_layers(commands: Commands) -> None:
         description="Probe the layers of a model: how the output is laid out, its grid, channels, depth (share of the "
         "model that has run), leak (share of the response that flows around the grid; 0 % is a perfect cut) and "
         "effect (share that the grid alone carries).",
-        epilog="examples:\n  ib-explain layers vit_small_patch16_224\n"
+        epilog="examples:\n  ib-explain layers vit_small_patch16_224 --pretrained\n"
         "  ib-explain layers resnet18 --input-size 128 --out sites.csv\n",
     )
     _host(layers, layer="dotted name of one layer (default: all)")
@@ -162,7 +162,7 @@ def _add_attribute(commands: Commands) -> None:
         type=_natural,
         default=0,
         metavar="K",
-        help="per-image steps on top of a fitted bottleneck, each of about three passes (default: 0)",
+        help="per-image steps on top of a fitted bottleneck, ten make 16 to 40 passes in all (default: 0)",
     )
     attribute.add_argument(
         "--output",
@@ -203,7 +203,7 @@ def _add_benchmark(commands: Commands) -> None:
     benchmark.add_argument(
         "--metrics", metavar="A,B", help="names, or all that the data allows (default: a few of each kind)"
     )
-    benchmark.add_argument("--bottleneck", type=Path, metavar="FOLDER", help="a fitted one takes part as `ib_fitted`")
+    benchmark.add_argument("--bottleneck", type=Path, metavar="FOLDER", help="also compare this fitted one, as `ib_fitted`; `ib` is per image")
     benchmark.add_argument(
         "--reference",
         default="grad_cam",

@@ -219,10 +219,10 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 `timm.data.create_loader` gives. Training images, shuffled: the statistics come from the first ones.
             steps: batches, with two steps of the optimiser on each (they share the host's clean pass); by default as
                 many as show 6,400 images, 8,960 with reads="features", at least 100.
-            beta: weight of the rate (`ib_explain.objective.rate`: the root of the nats a feature element, priced by
-                place) against the cross-entropy in nats; None for what is at stake in each image (the divergence of
-                the host's prediction from that with nothing let through), which carries over from layer to layer and
-                host to host. With reads="features" the weight rises to beta over the first 18 % of the steps.
+            beta: weight of the rate (`ib_explain.objective.rate`) against the cross-entropy in nats; larger gives
+                sparser maps that keep fewer of the host's answers. None for twice what is at stake in each image (the
+                divergence of the host's prediction from that with nothing let through), which carries over from layer
+                to layer and host to host. With reads="features" the weight rises to beta over the first 18 % of the steps.
             lr: peak learning rate, 2e-3 by default.
             objective: "prediction" explains what the host says (targets drawn from its own predictive distribution),
                 "label" the labels in the data.
@@ -326,7 +326,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         refine: int = 0,
         output: str = "bits",
     ) -> Tensor | tuple[Tensor]:
-        """Maps of the information that the host uses for a class.
+        """Maps of the information that passes the layer for a class: how much, and where.
 
         Args:
             inputs: images (B, 3, H, W), or a tuple of one such tensor (then a tuple comes back).
