@@ -33,14 +33,14 @@ from torch.utils.data import DataLoader
 import ib_explain as ibx
 from ib_explain.files import replace_file
 from ib_explain.io import versions
-from ib_explain.metrics import rank_correlation
-from ib_explain.metrics.sanity import (
+from ib_explain.metrics import (
     Randomisation,
     cascading_randomisation,
-    randomisable_layers,
+    rank_correlation,
     seed_correlation,
     target_sensitivity,
 )
+from ib_explain.metrics.random_weights import randomisable_layers
 from ib_explain.sources import Source
 
 CASCADE = ("fc", "layer4", "layer3", "layer2", "layer1", "conv1")

@@ -203,7 +203,12 @@ def _add_benchmark(commands: Commands) -> None:
     benchmark.add_argument(
         "--metrics", metavar="A,B", help="names, or all that the data allows (default: a few of each kind)"
     )
-    benchmark.add_argument("--bottleneck", type=Path, metavar="FOLDER", help="also compare this fitted one, as `ib_fitted`; `ib` is per image")
+    benchmark.add_argument(
+        "--bottleneck",
+        type=Path,
+        metavar="FOLDER",
+        help="also compare this fitted one, as `ib_fitted`; `ib` is per image",
+    )
     benchmark.add_argument(
         "--reference",
         default="grad_cam",

@@ -222,7 +222,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             beta: weight of the rate (`ib_explain.objective.rate`) against the cross-entropy in nats; larger gives
                 sparser maps that keep fewer of the host's answers. None for twice what is at stake in each image (the
                 divergence of the host's prediction from that with nothing let through), which carries over from layer
-                to layer and host to host. With reads="features" the weight rises to beta over the first 18 % of the steps.
+                to layer and host to host. With reads="features" the weight rises to beta over the first 18 % of the
+                steps.
             lr: peak learning rate, 2e-3 by default.
             objective: "prediction" explains what the host says (targets drawn from its own predictive distribution),
                 "label" the labels in the data.

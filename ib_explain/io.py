@@ -51,12 +51,12 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def saved_folder(path: str | os.PathLike[str]) -> Path:
+def saved_folder(path: str | Path) -> Path:
     """Where a saved bottleneck is: at `path`, or set aside by a save that was killed; `path` if there is none."""
     return current_folder(path) or Path(path)
 
 
-def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_folder(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read tensors and config of the folder at `saved_folder`.
 
     Raises:

@@ -16,7 +16,7 @@ from ib_explain.lending import lacks_memory
 from ib_explain.methods.base import NotApplicable
 from ib_explain.metrics import Case, Curve, Metric, centred_gaussian
 from ib_explain.metrics.perturbation import deletion_curve, insertion_curve
-from ib_explain.metrics.sanity import Explain
+from ib_explain.metrics.probe import Explain
 from ib_explain.modules import host_device, host_dtype
 from ib_explain.progress import Progress
 from ib_explain.rows import WITH_CURVES, CurveBatch, Row

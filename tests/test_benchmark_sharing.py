@@ -61,8 +61,8 @@ def test_what_no_map_enters_is_asked_of_the_host_once(x):
 
 def test_a_randomised_host_is_made_once_for_all_methods_and_batches(host, x, monkeypatch):
     made = []
-    original = sanity._randomised_twin
-    monkeypatch.setattr(sanity, "_randomised_twin", lambda *a: made.append(1) or original(*a))
+    original = sanity.randomised_twin
+    monkeypatch.setattr(sanity, "randomised_twin", lambda *a: made.append(1) or original(*a))
     measure(host, [x[:2], x[2:4], x[4:]], ["grad_cam", "random"], metrics=["model_randomisation"])
     assert made == [1]
 

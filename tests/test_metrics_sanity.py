@@ -9,11 +9,10 @@ from torch import nn
 from ib_explain.data.synthetic import Synthetic
 from ib_explain.metrics import METRICS, Case
 from ib_explain.metrics.consistency import input_modification_consistency
+from ib_explain.metrics.random_weights import draw_again, randomisable_layers
 from ib_explain.metrics.sanity import (
-    _draw_again,
     cascading_randomisation,
     label_randomisation,
-    randomisable_layers,
     seed_correlation,
     target_sensitivity,
 )
@@ -201,7 +200,7 @@ def test_a_method_that_shows_the_weights_by_hand():
     found = cascading_randomisation(model, images(3, 12), weights, target, seed=4)
     assert found.layers == ("1",)
     fresh = nn.Linear(3 * 12 * 12, 2)
-    _draw_again(fresh, 4 * 1_000_003 + 2)  # the third of the host's modules
+    draw_again(fresh, 4 * 1_000_003 + 2)  # the third of the host's modules
     old, new = (m.weight.detach().view(2, 3, 144).sum(1) for m in (model[1], fresh))
     expected = [spearmanr(old[c], new[c]).statistic for c in target]
     np.testing.assert_allclose(found.rank_correlation[0], expected, atol=1e-6)
@@ -223,18 +222,18 @@ def test_modules_are_initialised_by_their_own_rule_and_the_rest_is_shuffled():
     norm = nn.BatchNorm2d(4)
     norm.weight.data.fill_(3)
     norm.running_mean.fill_(5)
-    _draw_again(norm, 0)
+    draw_again(norm, 0)
     assert norm.weight.tolist() == [1] * 4 and norm.running_mean.tolist() == [0] * 4
     linear = nn.Linear(6, 5)
     expected = torch.empty_like(linear.weight)
     with torch.random.fork_rng():
         torch.manual_seed(9)
         nn.init.kaiming_uniform_(expected, a=5**0.5)
-    _draw_again(linear, 9)
+    draw_again(linear, 9)
     torch.testing.assert_close(linear.weight.detach(), expected)
     attention = nn.MultiheadAttention(4, 2)
     before, inside = attention.in_proj_weight.detach().clone(), attention.out_proj.weight.detach().clone()
-    _draw_again(attention, 0)
+    draw_again(attention, 0)
     assert not torch.equal(attention.in_proj_weight, before)
     torch.testing.assert_close(
         attention.in_proj_weight.detach().flatten().sort().values, before.flatten().sort().values

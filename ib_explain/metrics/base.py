@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ib_explain.checks import did_you_mean
-from ib_explain.metrics.probe import Probe
+from ib_explain.metrics.probe import Explain, Probe
 from ib_explain.registry import Registry
 from ib_explain.targets import Target
 
@@ -56,7 +56,7 @@ class Case:
     """(B, 1, H, W) or (B, H, W)."""
     target: Target = None
     """The explained classes; None is the host's top-1."""
-    explain: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+    explain: Explain | None = None
     """The method itself, (model, x, target) -> maps, for metrics that explain perturbed images."""
     masks: Tensor | None = None
     """(B, 1, H, W) bool, where the object is."""
@@ -90,7 +90,7 @@ class Case:
             raise ValueError("this metric needs the model and its images, and the case holds none")
         return Probe(self.model, self.x, self.target, batch_size=self.batch_size)
 
-    def with_maps(self, maps: Tensor, explain: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Case:
+    def with_maps(self, maps: Tensor, explain: Explain) -> Case:
         """The same images and classes under another method; what no map enters is not computed again."""
         case = replace(self, maps=maps, target=self.probe.target, explain=explain)
         vars(case)["probe"] = self.probe

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ib_explain.checks import check_positive_int, did_you_mean
 from ib_explain.lending import outside_inference_mode
 from ib_explain.metrics.base import Case, register_metric
-from ib_explain.metrics.probe import Probe
-from ib_explain.metrics.sanity import Explain, explained
+from ib_explain.metrics.probe import Explain, Probe
 from ib_explain.metrics.values import is_constant
 from ib_explain.randomness import generator_of, uniform
 from ib_explain.targets import Target, resolve_target
@@ -99,7 +98,7 @@ def input_modification_consistency(
         ValueError: an unknown modification (with the nearest name), a strength outside of (0, 1).
     """
     probe = Probe(model, x, target, batch_size=batch_size)
-    maps = explained(explain, model, probe.x, probe.target, probe.batch_size)
+    maps = probe.explained(explain)
     return _consistency(probe, maps, explain, modification, strength, draws, labels, seed)
 
 
@@ -150,12 +149,12 @@ def _consistency(
         images, window = modified_images(probe.x, modification, strength=strength, draw=draw, seed=seed)
         # Asked once for all maps; the images are cheaper to make again than to keep.
         key = ("predicted", modification, strength, draw, seed)
-        predicted = probe.once(key, functools.partial(probe.predicted, images))
+        predicted = probe.keep(key, functools.partial(probe.predicted, images))
         kept[draw] = predicted == probe.logits.argmax(dim=1)
         if truth is not None:
             correct[draw] = (predicted == truth).float()
         if same := kept[draw].nonzero()[:, 0].tolist():
-            after = explained(explain, probe.model, images[same], probe.target[same], probe.batch_size)
+            after = probe.explained(explain, x=images[same], target=probe.target[same])
             cosine[draw, same] = _centred_cosine(before[same][:, ~window], after[:, ~window])
     return Consistency(cosine, kept, correct)
 

@@ -141,7 +141,7 @@ def _sensitivity(
         return _score_sets(probe, sizes, sets, fill, score, seed)
 
     # The sets are the same for every map, and asking the host about them is all that takes time.
-    scores = probe.once((_score_sets, sizes, sets, fill, score, seed), asked) if isinstance(fill, str) else asked()
+    scores = probe.keep((_score_sets, sizes, sets, fill, score, seed), asked) if isinstance(fill, str) else asked()
     sums = _sum_over_sets(above, sizes, sets, seed)
     drops = (probe.intact(score)[:, None] - scores).unflatten(1, (len(sizes), sets))
     rounding = rounding_error(torch.cat([scores, probe.intact(score)[:, None]], dim=1))

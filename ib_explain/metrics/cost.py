@@ -24,8 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from ib_explain.checks import check_images, check_positive_int
 from ib_explain.lending import frozen, run_host
 from ib_explain.metrics.base import Case, register_metric
-from ib_explain.metrics.probe import Probe
-from ib_explain.metrics.sanity import Explain
+from ib_explain.metrics.probe import Explain, Probe
 from ib_explain.modules import host_device
 from ib_explain.targets import Target, resolve_target, target_scores
 

@@ -14,9 +14,12 @@ from ib_explain.modules import host_device
 from ib_explain.perturb import fill_images
 from ib_explain.targets import Target, resolve_target, target_scores
 
-__all__ = ["SCORES", "Probe"]
+__all__ = ["SCORES", "Explain", "Probe"]
 
 SCORES = ("probability", "logit")
+
+Explain = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""A method: (model, x (b, C, H, W), target (b,)) -> maps (b, 1, H, W) or (b, H, W)."""
 
 T = TypeVar("T")
 
@@ -25,7 +28,7 @@ class Probe:
     """Images, their target class and the host, asked again and again.
 
     What no map enters is scored once, however many maps are measured: the intact images, each fully replaced one, and
-    what `once` is given. The host is used in eval mode, without gradients, and handed back as it came after every
+    what `keep` is given. The host is used in eval mode, without gradients, and handed back as it came after every
     question.
 
     Args:
@@ -71,14 +74,46 @@ class Probe:
             images = fill_images(self.x, fill, seed=seed)
             return images, self._ask(1, lambda image, _: images[image])[:, :, 0]
 
-        images, scores = self.once(("filled", fill, seed), replaced) if isinstance(fill, str) else replaced()
+        images, scores = self.keep(("filled", fill, seed), replaced) if isinstance(fill, str) else replaced()
         return images, scores[column]
 
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+    def keep(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gave when it was first asked for under this key; for what depends on the images alone."""
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
+
+    def explained(
+        self,
+        explain: Explain,
+        *,
+        model: nn.Module | None = None,
+        x: Tensor | None = None,
+        target: Tensor | None = None,
+        finite: bool = True,
+    ) -> Tensor:
+        """Maps (B, H, W) float32 by `explain`, `batch_size` images in one call; checked, finite unless told.
+
+        Args:
+            explain: the method.
+            model: lent to it in eval mode and handed back as it came; None is the host.
+            x, target: other images or classes.
+            finite: refuse NaN and infinite values.
+
+        Raises:
+            TypeError: `explain` is no function.
+            ValueError: maps of another shape or, if `finite`, with NaN or infinite values.
+        """
+        if not callable(explain):
+            raise TypeError(f"explain must be a function (model, x, target) -> maps, got {explain!r}")
+        x = self.x if x is None else x
+        target = self.target if target is None else target
+        size, maps = (int(x.shape[2]), int(x.shape[3])), []
+        with frozen(self.model if model is None else model) as host:
+            for images, classes in zip(x.split(self.batch_size), target.split(self.batch_size), strict=True):
+                found = explain(host, images, classes)
+                maps.append(check_maps(found, size=size, batch=len(images), finite=finite).to(x.device))
+        return torch.cat(maps)
 
     def scores(self, settings: int, perturb: Callable[[Tensor, Tensor], Tensor], score: str = "probability") -> Tensor:
         """Score every image under every setting.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from ib_explain.checks import check_maps, check_number, check_positive_int
 from ib_explain.lending import frozen
 from ib_explain.metrics.base import Case, register_metric
-from ib_explain.metrics.probe import Probe
+from ib_explain.metrics.probe import Explain, Probe
 from ib_explain.randomness import generator_of, uniform
 from ib_explain.targets import Target
 
@@ -54,7 +52,7 @@ def infidelity(
 def max_sensitivity(
     model: nn.Module,
     x: Tensor,
-    explain: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    explain: Explain,
     target: Target = None,
     *,
     samples: int = 10,
@@ -90,7 +88,7 @@ def _infidelity(probe: Probe, maps: Tensor | None, samples: int, normalize: bool
     samples = check_positive_int(samples, "samples")
     squares = _squares(samples, maps.shape[1], maps.shape[2], seed).to(maps.device)  # (S, 1, H, W)
     # The squares are the same for every map, so the host is asked once.
-    falls = probe.once((_infidelity, samples, seed), lambda: _falls(probe, squares))  # (B, S)
+    falls = probe.keep((_infidelity, samples, seed), lambda: _falls(probe, squares))  # (B, S)
     if normalize:  # what is scaled anyway is brought to where nothing overflows or underflows
         largest = maps.abs().amax(dim=(1, 2), keepdim=True)
         maps = maps / torch.where(largest > 0, largest, 1)
@@ -109,12 +107,7 @@ def _falls(probe: Probe, squares: Tensor) -> Tensor:
 
 
 def _max_sensitivity(
-    probe: Probe,
-    _: Tensor | None,
-    explain: Callable[[nn.Module, Tensor, Tensor], Tensor],
-    samples: int,
-    radius: float,
-    seed: int,
+    probe: Probe, _maps: Tensor | None, explain: Explain, samples: int, radius: float, seed: int
 ) -> Tensor:
     from captum.metrics import sensitivity_max
 
@@ -124,32 +117,40 @@ def _max_sensitivity(
     check_number(radius, "radius (in normalised units)", above=0)
     noise = uniform(generator_of(seed), samples, *probe.x.shape[1:])
     noise = radius * (2 * noise - 1)
-    scores = []
+    size, scores = probe.batch_size, []
     with frozen(probe.model) as host:
-        for images, target in _groups(probe, probe.x, probe.target):
-            intact: list[Tensor] = []
-
-            def explained(
-                copies: Tensor | tuple[Tensor], target: Tensor, intact: list[Tensor] = intact
-            ) -> tuple[Tensor, ...]:
-                inputs = copies[0] if isinstance(copies, tuple) else copies  # Captum calls with a tuple first
-                with torch.enable_grad():  # which Captum has switched off
-                    found = explain(host, inputs, target.expand(len(inputs)))
-                found = check_maps(found, batch=len(inputs)).double().contiguous()  # small norms underflow in float32
-                intact.append(found)
-                return (found,)
-
+        # Captum needs all images of a call in one pass: no more of them than the batch size.
+        for images, target in zip(probe.x.split(size), probe.target.split(size), strict=True):
+            explained = _Explained(explain, host)
             score = sensitivity_max(
                 explained,
                 images,
                 _Draws(noise, len(images)).shake,
                 n_perturb_samples=samples,
-                max_examples_per_batch=_copies_at_once(probe, len(images), samples),
+                max_examples_per_batch=min(size, len(images) * samples),
                 target=target,
             )
-            empty = intact[0].flatten(1).norm(dim=1) == 0  # which Captum divides by 1 instead
-            scores.append(score.float().masked_fill(empty, torch.nan))
+            scores.append(score.float().masked_fill(explained.empty, torch.nan))
     return torch.cat(scores)
+
+
+class _Explained:
+    """The method as Captum calls it, first with the intact images."""
+
+    def __init__(self, explain: Explain, host: nn.Module) -> None:
+        self.explain, self.host = explain, host
+        self.called = False
+        self.empty = torch.empty(0, dtype=torch.bool)
+        """(b,) whether the map of an intact image is all zero: Captum divides by 1 then."""
+
+    def __call__(self, copies: Tensor | tuple[Tensor], target: Tensor) -> tuple[Tensor, ...]:
+        inputs = copies[0] if isinstance(copies, tuple) else copies  # a tuple in the first call
+        with torch.enable_grad():  # which Captum has switched off
+            found = self.explain(self.host, inputs, target.expand(len(inputs)))
+        found = check_maps(found, batch=len(inputs)).double().contiguous()  # small norms underflow in float32
+        if not self.called:
+            self.called, self.empty = True, found.flatten(1).norm(dim=1) == 0
+        return (found,)
 
 
 class _Draws:
@@ -175,15 +176,6 @@ def _squares(samples: int, height: int, width: int, seed: int) -> Tensor:
     rows, columns = torch.arange(height, device="cpu"), torch.arange(width, device="cpu")
     inside = ((rows >= top) & (rows < top + side))[:, :, None] & ((columns >= left) & (columns < left + side))[:, None]
     return inside[:, None].float()
-
-
-def _groups(probe: Probe, *tensors: Tensor) -> zip[tuple[Tensor, ...]]:
-    """Captum needs all images of a call in one pass: no more of them than the batch size."""
-    return zip(*(tensor.split(probe.batch_size) for tensor in tensors), strict=True)
-
-
-def _copies_at_once(probe: Probe, images: int, samples: int) -> int:
-    return min(max(probe.batch_size, images), images * samples)
 
 
 @register_metric("infidelity", family="perturbation", unit="squared logit", higher_is_better=False)

@@ -12,28 +12,23 @@ lent in eval mode without parameter gradients and handed back as they came.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from torch import Tensor, nn
 
-from ib_explain.checks import check_maps
-from ib_explain.lending import frozen, run_host
 from ib_explain.metrics.base import Case, register_metric
 from ib_explain.metrics.localisation import energy_inside
-from ib_explain.metrics.probe import Probe
+from ib_explain.metrics.probe import Explain, Probe
+from ib_explain.metrics.random_weights import randomisable_layers, randomise, randomised_twin, twin_of
 from ib_explain.metrics.similarity import rank_correlation, ssim
 from ib_explain.modules import find_module
-from ib_explain.randomness import generator_of
 from ib_explain.targets import Target, resolve_target
 
-__all__ = ["Explain", "Randomisation", "TargetSensitivity", "cascading_randomisation", "explained"]
-__all__ += ["label_randomisation", "randomisable_layers", "seed_correlation", "target_sensitivity"]
-
-Explain = Callable[[nn.Module, Tensor, Tensor], Tensor]
+__all__ = ["Randomisation", "TargetSensitivity", "cascading_randomisation", "label_randomisation"]
+__all__ += ["seed_correlation", "target_sensitivity"]
 
 
 @dataclass(frozen=True)
@@ -102,15 +97,15 @@ def cascading_randomisation(
     names = randomisable_layers(model, probe.x) if layers is None else list(layers)
     if not names:
         raise ValueError("layers must name at least one layer with parameters, got none")
-    twin = _twin(model)
+    twin = twin_of(model)
     for name in names:
         if next((find_module(twin, name) if name else twin).parameters(recurse=bool(name)), None) is None:
             raise ValueError(f"layer {name!r} has no parameters to randomise")
-    intact = explained(explain, model, probe.x, probe.target, probe.batch_size)
+    intact = probe.explained(explain)
     ranks, structures = [], []
     for name in names:
-        _randomise(twin, [name], seed)
-        maps = explained(explain, twin, probe.x, probe.target, probe.batch_size, finite=False)
+        randomise(twin, [name], seed)
+        maps = probe.explained(explain, model=twin, finite=False)
         ranks.append(rank_correlation(intact, maps))
         structures.append(ssim(intact, maps))
     return Randomisation(tuple(names), torch.stack(ranks), torch.stack(structures))
@@ -139,8 +134,8 @@ def label_randomisation(
         Randomisation of a single row, whose layer is called "labels".
     """
     probe = Probe(model, x, target, batch_size=batch_size)
-    intact = explained(explain, model, probe.x, probe.target, probe.batch_size)
-    maps = explained(explain, other, probe.x, probe.target, probe.batch_size, finite=False)
+    intact = probe.explained(explain)
+    maps = probe.explained(explain, model=other, finite=False)
     return Randomisation(("labels",), rank_correlation(intact, maps)[None], ssim(intact, maps)[None])
 
 
@@ -176,7 +171,7 @@ def target_sensitivity(
         TypeError: masks are not bool.
     """
     probe = Probe(model, x, target, batch_size=batch_size)
-    maps = explained(explain, model, probe.x, probe.target, probe.batch_size)
+    maps = probe.explained(explain)
     return _target_sensitivity(probe, maps, explain, other, masks)
 
 
@@ -206,53 +201,8 @@ def seed_correlation(
         came = type(explains).__name__ if callable(explains) else f"{len(explains)} of them"
         raise ValueError(f"explains must be a sequence of two or more callables, one for each seed, got {came}")
     probe = Probe(model, x, target, batch_size=batch_size)
-    maps = [explained(explain, model, probe.x, probe.target, probe.batch_size) for explain in explains]
+    maps = [probe.explained(explain) for explain in explains]
     return torch.stack([rank_correlation(first, second) for first, second in combinations(maps, 2)]).mean(0)
-
-
-def randomisable_layers(model: nn.Module, x: Tensor) -> list[str]:
-    """Layers with parameters, the last to finish in a forward pass first.
-
-    They are the children of the host; an `nn.Sequential` or `nn.ModuleList` is opened, so that stages give their
-    blocks. What holds parameters without being called comes behind them, and last "", the host's own parameters, if
-    any: together they are all parameters.
-
-    Args:
-        model: the host.
-        x: (B, C, H, W); its first image is run.
-    """
-    twin = _twin(model)
-    layers = {name: module for name, module in _opened("", twin) if next(module.parameters(), None) is not None}
-    finished: dict[str, None] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            finished.setdefault(name)
-
-        return hook
-
-    for name, module in layers.items():  # hooks of our own copy, which ends here
-        module.register_forward_hook(note(name))
-    with torch.no_grad(), frozen(twin):
-        run_host(twin, x[:1])
-    uncalled = [name for name in layers if name not in finished]
-    own = [""] if next(twin.parameters(recurse=False), None) is not None else []
-    return [*reversed(finished), *reversed(uncalled), *own]
-
-
-def explained(
-    explain: Explain, model: nn.Module, x: Tensor, target: Tensor, batch_size: int, *, finite: bool = True
-) -> Tensor:
-    """Maps (B, H, W) float32 of the lent host, `batch_size` images in one call; checked, finite unless told."""
-    if not callable(explain):
-        raise TypeError(f"explain must be a function (model, x, target) -> maps, got {explain!r}")
-    maps = []
-    with frozen(model) as host:
-        for images, classes in zip(x.split(batch_size), target.split(batch_size), strict=True):
-            found = explain(host, images, classes)
-            size = (int(x.shape[2]), int(x.shape[3]))
-            maps.append(check_maps(found, size=size, batch=len(images), finite=finite).to(x.device))
-    return torch.cat(maps)
 
 
 def _target_sensitivity(
@@ -262,7 +212,7 @@ def _target_sensitivity(
     if masks is not None:
         _check_pairs(masks, probe.x)
     classes = _other_classes(probe, other)
-    second = explained(explain, probe.model, probe.x, classes, probe.batch_size)
+    second = probe.explained(explain, target=classes)
     change = 1 - rank_correlation(first, second)
     if masks is None:
         return TargetSensitivity(change, None)
@@ -293,56 +243,9 @@ def _check_pairs(masks: Tensor, x: Tensor) -> None:
         raise ValueError(f"masks must have shape {expected}, one for each of the two classes, got {tuple(masks.shape)}")
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """A deep copy of the host in eval mode, without parameter gradients."""
-    with frozen(model) as host:
-        return copy.deepcopy(host)
-
-
-def _opened(prefix: str, module: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
-        if isinstance(child, nn.Sequential | nn.ModuleList):
-            yield from _opened(f"{prefix}{name}.", child)
-        else:
-            yield prefix + name, child
-
-
-def _randomise(twin: nn.Module, layers: Sequence[str], seed: int) -> None:
-    """Draw the parameters of these layers and of all inside anew, in place; "" is the host's own ones alone."""
-    # By identity: a module that the host holds under several names goes by any of them.
-    chosen = {id(module) for layer in layers if layer for module in find_module(twin, layer).modules()}
-    if "" in layers:
-        chosen.add(id(twin))
-    for place, module in enumerate(twin.modules()):
-        if id(module) in chosen and next(module.parameters(recurse=False), None) is not None:
-            _draw_again(module, seed * 1_000_003 + place)
-
-
-def _draw_again(module: nn.Module, seed: int) -> None:
-    reset = getattr(module, "reset_parameters", None)
-    if callable(reset) and next(module.children(), None) is None:
-        fresh = copy.deepcopy(module).cpu()  # on the CPU the draws are the same for every device
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed would seed every GPU too
-            fresh.reset_parameters()  # type: ignore[operator]
-        module.load_state_dict(fresh.state_dict())
-        return
-    generator = generator_of(seed)
-    with torch.no_grad():
-        for parameter in module.parameters(recurse=False):
-            order = torch.randperm(parameter.numel(), generator=generator, device="cpu").to(parameter.device)
-            parameter.copy_(parameter.flatten()[order].view_as(parameter))
-
-
-def _randomised_twin(model: nn.Module, seed: int) -> nn.Module:
-    twin = _twin(model)
-    _randomise(twin, ["", *(name for name, _ in twin.named_children())], seed)
-    return twin
-
-
 def _model_randomisation(probe: Probe, maps: Tensor | None, explain: Explain, twin: nn.Module) -> Tensor:
     intact = probe.check_maps(maps)
-    return rank_correlation(intact, explained(explain, twin, probe.x, probe.target, probe.batch_size, finite=False))
+    return rank_correlation(intact, probe.explained(explain, model=twin, finite=False))
 
 
 @register_metric(
@@ -357,7 +260,7 @@ def _model_randomisation_score(case: Case) -> Tensor:
     # Signed: the absolute value of two unrelated maps grows with their coarseness, 0.01 at 64 pixels, 0.2 on a 4 x 4
     # grid, and would favour methods with fine maps. The mean of the signed one is 0 for all of them.
     # One for all methods and batches: what is found out about it, such as its layers, is found once.
-    twin = case.keep(("randomised", case.seed), lambda: _randomised_twin(case.probe.model, case.seed))
+    twin = case.keep(("randomised", case.seed), lambda: randomised_twin(case.probe.model, case.seed))
     return case.once(_model_randomisation, explain=case.explain, twin=twin)
 
 
