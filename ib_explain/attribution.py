@@ -79,12 +79,12 @@ def attribute(
             rows = slice(start, start + size)
             part = x[rows]
             chosen = None if target is None else target[rows]
-            if runner.made_for is not None:
-                runner = runner_of(
-                    method, {name: _rows(name, value, x, rows) for name, value in options.items()}, model
-                )
+            part_runner = runner
+            if runner.made_for is not None:  # some of Captum's options hold a row for each image
+                options_of_part = {name: _rows(name, value, x, rows) for name, value in options.items()}
+                part_runner = runner_of(method, options_of_part, model)
             more = HostArgs.of(_rows("additional_forward_args", args, x, rows), len(part))
-            maps.append(runner.maps(Call(host, part, chosen, layer, seed, batch_size, more)))
+            maps.append(part_runner.maps(Call(host, part, chosen, layer, seed, batch_size, more)))
             progress.step(len(part))
     return torch.cat(maps)
 

@@ -23,9 +23,9 @@ from ib_explain.identity import Identity
 from ib_explain.io import host_facts, versions
 from ib_explain.leaderboard import Leaderboard
 from ib_explain.lending import frozen, run_host
-from ib_explain.measuring import Measure, on_host
+from ib_explain.measuring import Measure
 from ib_explain.metrics import CONVENTIONS, METRICS, Metric
-from ib_explain.modules import find_module, host_device, module_name
+from ib_explain.modules import find_module, host_device, module_name, on_host
 from ib_explain.progress import Progress
 from ib_explain.randomness import check_seed, seeded
 from ib_explain.results import RunStore

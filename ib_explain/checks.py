@@ -20,8 +20,10 @@ from torch import Tensor
 __all__ = ["check_bool", "check_images", "check_maps", "check_number", "check_positive_int", "did_you_mean"]
 __all__ += ["take_options", "warn_user"]
 
+LISTED = 12  # known names that an error shows
 
-def did_you_mean(name: str, known: Iterable[str], *, limit: int = 12) -> str:
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'? known: ..." for an error about an unknown `name`."""
     known = list(known)
     lowered = {k.lower(): k for k in known}
@@ -29,7 +31,7 @@ def did_you_mean(name: str, known: Iterable[str], *, limit: int = 12) -> str:
     squashed = name.lower().replace("_", "").replace("-", "")
     near = [k for k in lowered if k.replace("_", "") == squashed] or near
     hint = f"; did you mean {' or '.join(repr(lowered[n]) for n in near)}?" if near else ""
-    shown = ", ".join(known[:limit]) + (f", ... ({len(known)} in all)" if len(known) > limit else "")
+    shown = ", ".join(known[:LISTED]) + (f", ... ({len(known)} in all)" if len(known) > LISTED else "")
     return f"{hint} known: {shown}" if hint else f"; known: {shown}"
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ib_explain.hooks import restricting_hooks
 from ib_explain.layouts import LayoutChanged
 
-__all__ = ["host_state", "remembered", "weights_state", "with_fresh_facts"]
+__all__ = ["remembered", "weights_state", "with_fresh_facts"]
 
 T = TypeVar("T")
 
@@ -58,16 +58,11 @@ def with_fresh_facts(host: nn.Module, run: Callable[[], T]) -> T:
         return run()
 
 
-def host_state(host: nn.Module) -> int:
-    """A number that changes with the host's weights and modules, and with restrictions of ours around it.
+def weights_state(host: nn.Module) -> int:
+    """A number that changes with the host's weights.
 
     In-place changes (an optimiser, `load_state_dict`) raise a tensor's version; those of `parameter.data` do not.
     """
-    return _state(host, _weights(host))
-
-
-def weights_state(host: nn.Module) -> int:
-    """As `host_state`, of the weights alone."""
     return hash(tuple(_version(tensor) for tensor in _weights(host)))
 
 
@@ -77,6 +72,7 @@ def _weights(host: nn.Module) -> list[Tensor]:
 
 
 def _state(host: nn.Module, weights: list[Tensor]) -> int:
+    """A number that changes with the host's weights and modules, and with restrictions of ours around it."""
     return hash((*map(_version, weights), *map(id, host.modules()), *restricting_hooks(host)))
 
 

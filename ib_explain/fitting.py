@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ib_explain.bottleneck.module import Bottleneck
 from ib_explain.data.batches import Batches
-from ib_explain.modules import host_device, host_dtype
+from ib_explain.modules import host_device, on_host
 from ib_explain.observation import observe
 from ib_explain.places import Place
 from ib_explain.progress import Progress
@@ -101,7 +101,7 @@ def estimate_statistics(
         contextlib.closing(data.first(STATISTICS_IMAGES)) as first,
     ):
         for x, _labels in first:
-            x = _prepare(x, host)
+            x = on_host(x, host)
             seen = observe(host, place.site, x, deeper=place.deeper)
             classes = seen.logits.shape[1]
             for moments, features in zip(running, [seen.features, *seen.deep], strict=True):
@@ -128,11 +128,6 @@ def check_varies(layer: str, varies: bool, images: int) -> None:
         raise ValueError(
             f"the features of layer {layer!r} do not vary over the {images} images; statistics need images that differ"
         )
-
-
-def _prepare(x: Tensor, host: nn.Module) -> Tensor:
-    """Images of a batch, checked where it was read, as the host takes them."""
-    return x.to(host_device(host), host_dtype(host), non_blocking=True)
 
 
 def train(
@@ -174,7 +169,7 @@ def train(
     ):
         while trainer.step_number < settings.steps:
             x, labels = next(batches)
-            trainer.step(_prepare(x, host), labels)
+            trainer.step(on_host(x, host), labels)
             figures = trainer.figures
             progress.step(loss=figures["loss"], bits=figures["bits"], agreement=figures["agreement"])
             due = trainer.step_number % every == 0 or trainer.step_number == settings.steps

@@ -58,7 +58,7 @@ from ib_explain.layouts import LayoutChanged
 from ib_explain.lending import HostArgs, frozen, outside_inference_mode, run_host
 from ib_explain.maps import resize
 from ib_explain.masked_evidence import masked_evidence
-from ib_explain.modules import find_module, host_device, host_dtype, module_name, unwrap
+from ib_explain.modules import find_module, host_device, host_dtype, module_name, on_host, unwrap
 from ib_explain.observation import Observation, observe
 from ib_explain.outputs import bits_map, check_output, relevance_map
 from ib_explain.per_image import REFINING_LR, PerImageSettings, mask_pairs, optimise
@@ -583,7 +583,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         """Where a fit on such images sits, looked at with two of them."""
         place = find_place(host, self.asked_layer, _size(images))
         with torch.no_grad(), capture(host, [place.site.name], stop=True) as seen:
-            run_host(host, images[:2].to(host_device(host), host_dtype(host)))
+            run_host(host, on_host(images[:2], host))
         place.site.layout.to_grid(seen[place.site.name])
         return place
 

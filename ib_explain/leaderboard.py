@@ -48,23 +48,20 @@ class Leaderboard:
         store: RunStore,
         *,
         reference: str | None = AS_RUN,
-        metrics: Sequence[MetricFacts] | None = None,
         pictures: Pictures | None = None,
     ) -> Leaderboard:
         """The standings of a run, also of an unfinished one (its finished batches).
 
-        The run's settings must hold "methods" (a dict by name, in the user's order) and, unless `metrics` is given,
-        "metrics" (a dict by name of dicts with family, unit, higher_is_better, protocol); its "seed" is also that of
-        the bootstrap.
+        The run's settings must hold "methods" (a dict by name, in the user's order) and "metrics" (a dict by name of
+        dicts with family, unit, higher_is_better, protocol); its "seed" is also that of the bootstrap.
 
         Args:
             store: the run.
             reference: the method that others are held against, None for none; by default that of the run's last start.
-            metrics: those to show; None is all that the run's settings name.
             pictures: see the field.
 
         Raises:
-            ValueError: no finished batch, an unknown reference or metric.
+            ValueError: no finished batch, an unknown reference.
         """
         settings, rows = store.run["settings"], store.rows()
         last = [store.run["info"], *store.run.get("resumed", [])][-1]
@@ -72,7 +69,7 @@ class Leaderboard:
             raise ValueError(f"the run in {store.folder} has no finished batch yet")
         summary = summarise(
             rows,
-            metrics or [_facts(name, told) for name, told in settings["metrics"].items()],
+            [_facts(name, told) for name, told in settings["metrics"].items()],
             last.get("reference") if reference == AS_RUN else reference,
             methods=list(settings["methods"]),
             seed=settings.get("seed", 0),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ib_explain.lending import HostArgs, run_host
 from ib_explain.perturb import rise_masks
 from ib_explain.randomness import generator_of, uniform
+from ib_explain.targets import target_scores
 
 __all__ = ["masked_evidence"]
 
@@ -49,7 +50,7 @@ def masked_evidence(
             logits = run_host(host, x.detach() * leaf, args)
             if not logits.requires_grad:  # the host detaches its images, or runs under no_grad before the layer
                 return evidence
-            score = logits.float().log_softmax(1).gather(1, target[:, None]).sum()
+            score = target_scores(logits.float().log_softmax(1), target).sum()
         (gained,) = torch.autograd.grad(score, leaf)
         evidence += F.adaptive_avg_pool2d(gained.float(), grid)
     return evidence

@@ -17,12 +17,12 @@ from ib_explain.methods.base import NotApplicable
 from ib_explain.metrics import Case, Curve, Metric, centred_gaussian
 from ib_explain.metrics.perturbation import deletion_curve, insertion_curve
 from ib_explain.metrics.probe import Explain
-from ib_explain.modules import host_device, host_dtype
+from ib_explain.modules import on_host
 from ib_explain.progress import Progress
 from ib_explain.rows import WITH_CURVES, CurveBatch, Row
 from ib_explain.samples import ImageBatch
 
-__all__ = ["Measure", "on_host"]
+__all__ = ["Measure"]
 
 CURVES: dict[str, Callable[[Case], Curve]] = dict(zip(WITH_CURVES, (insertion_curve, deletion_curve), strict=True))
 """Metrics whose whole curves are kept."""
@@ -186,11 +186,6 @@ class _Others(Sequence[Tensor]):
     def __getitem__(self, row: Any) -> Any:
         image = self.images[row]
         return torch.cat([self.everyone[: self.starts[image]], self.everyone[self.starts[image + 1] :]])
-
-
-def on_host(x: Tensor, host: nn.Module) -> Tensor:
-    """Images in the host's precision, on its device."""
-    return x.to(host_device(host), host_dtype(host))
 
 
 def _measured(metric: Metric, images: int) -> int:

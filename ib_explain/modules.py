@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ib_explain.checks import did_you_mean
 
-__all__ = ["find_module", "host_device", "host_dtype", "module_name", "unwrap"]
+__all__ = ["find_module", "host_device", "host_dtype", "module_name", "on_host", "unwrap"]
 
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's names for what they wrap
 
@@ -44,6 +44,11 @@ def host_device(model: nn.Module) -> torch.device:
 def host_dtype(model: nn.Module) -> torch.dtype:
     """The precision of the host's first floating-point parameter; float32 for a host without parameters."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def on_host(x: Tensor, model: nn.Module) -> Tensor:
+    """Images on the host's device, in its precision."""
+    return x.to(host_device(model), host_dtype(model), non_blocking=True)
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:

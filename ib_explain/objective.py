@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ib_explain.maps import resize
 from ib_explain.observation import Observation
+from ib_explain.targets import target_scores
 
 __all__ = ["PRICE", "location_price", "nats_at_stake", "rate", "standardised", "worth_fitting"]
 
@@ -51,7 +52,7 @@ def worth_fitting(logits: Tensor, closed: Tensor, target: Tensor) -> Tensor:
         target: class of each image, (B,).
     """
     ahead = logits.float().log_softmax(1) - closed.float().log_softmax(1)
-    return ahead.gather(1, target[:, None])[:, 0].clamp(0, 1)
+    return target_scores(ahead, target).clamp(0, 1)
 
 
 def location_price(seen: Observation, masked: Tensor | None = None) -> Tensor:

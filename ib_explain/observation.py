@@ -19,7 +19,7 @@ from ib_explain.layouts import Layout, map_tensors
 from ib_explain.lending import run_host
 from ib_explain.sites import Site
 from ib_explain.tails import Tail, TailRecorder
-from ib_explain.targets import Target, resolve_target
+from ib_explain.targets import Target, resolve_target, target_scores
 
 __all__ = ["Observation", "log_odds", "observe"]
 
@@ -130,7 +130,7 @@ def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
     """
     logits = logits.float()
     others = logits.scatter(1, classes[:, None], -torch.inf)
-    own = logits.gather(1, classes[:, None])[:, 0]
+    own = target_scores(logits, classes)
     return own - others.logsumexp(dim=1) if logits.shape[1] > 1 else own
 
 

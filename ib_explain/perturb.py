@@ -57,14 +57,14 @@ def fill_images(x: Tensor, fill: str | Tensor, *, seed: int = 0) -> Tensor:
     return FILLS[fill](x, seed)
 
 
-def rise_blur(x: Tensor, *, size: int = 11, sigma: float = 5.0) -> Tensor:
+def rise_blur(x: Tensor) -> Tensor:
     """Blur (B, C, H, W) as RISE does (Petsiuk et al. 2018, arXiv 1806.07421, released `utils.gkern`).
 
-    Their kernel is a unit impulse in a size x size array after SciPy's Gaussian filter with reflecting edges: the
-    tails fold back, so that it is almost a box (centre to corner 1.14, where a cut Gaussian has 2.72). The image is
+    Their kernel is a unit impulse in an 11 x 11 array after SciPy's Gaussian filter of sigma 5 with reflecting edges:
+    the tails fold back, so that it is almost a box (centre to corner 1.14, where a cut Gaussian has 2.72). The image is
     padded with zeros, so its borders fade to the mean colour.
     """
-    taps = _gaussian(sigma)
+    size, taps = 11, _gaussian(5.0)
     radius = len(taps) // 2
     offsets = torch.arange(-radius, radius + 1, device="cpu")
     positions = torch.arange(size, device="cpu")[:, None] + offsets  # [size, 2 * radius + 1]

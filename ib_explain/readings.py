@@ -183,13 +183,14 @@ def _by_shape(readings: list[_Reading], input_size: tuple[int, int, int]) -> Lay
     tokens = [r for r in tokens if r.layout.prefix == r.layout.suffix == 0 or r.score >= PLAUSIBLE]
     options = maps or tokens
     options = [r for r in options if r.score >= PLAUSIBLE or r.reader.sharpness(r.layout.axes) < SHARP]
-    if len({(r.layout.path, r.layout.axes, r.layout.prefix, r.layout.grid) for r in options}) != 1:
-        by_size = sorted(options, key=lambda r: (-math.prod(r.layout.grid), r.rank))
-        paths = {r.layout.path for r in options}
-        if len(paths) != len(options) or not options:  # two readings of one tensor: nothing decides between them
+    if not options:
+        return None
+    chosen = options[0]
+    if len({(r.layout.path, r.layout.axes, r.layout.prefix, r.layout.grid) for r in options}) > 1:
+        if len({r.layout.path for r in options}) < len(options):  # two readings of one tensor: nothing decides
             return None
-        options = by_size
-    return replace(options[0].layout, verified="shape")
+        chosen = min(options, key=lambda r: (-math.prod(r.layout.grid), r.rank))  # of several tensors the finest grid
+    return replace(chosen.layout, verified="shape")
 
 
 def _plain_readings(reader: Reader, input_size: tuple[int, int, int]) -> Iterator[_Reading]:

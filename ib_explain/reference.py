@@ -14,7 +14,7 @@ from ib_explain.checks import check_images
 from ib_explain.facts import remembered
 from ib_explain.hooks import capture
 from ib_explain.lending import run_host
-from ib_explain.modules import host_device, host_dtype
+from ib_explain.modules import host_device, on_host
 from ib_explain.sites import Site
 from ib_explain.statistics import Moments, RunningMean, RunningMoments
 from ib_explain.stripes import probe_images
@@ -129,5 +129,5 @@ def _estimate(
 def _outputs(host: nn.Module, site: Site, images: Tensor, rows: int, args: tuple[Any, ...]) -> Iterator[Any]:
     for part in images.split(rows):
         with torch.no_grad(), capture(host, [site.name], stop=True) as seen:
-            run_host(host, part.to(host_device(host), host_dtype(host)), args)
+            run_host(host, on_host(part, host), args)
         yield seen[site.name]

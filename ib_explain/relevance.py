@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor
 
+from ib_explain.targets import target_scores
+
 __all__ = ["LEAST_TYPICAL_BITS", "coalitions", "label_information", "regression_loss"]
 
 LEAST_TYPICAL_BITS = 0.1  # of a host that gives every image the same prediction
@@ -32,7 +34,7 @@ def label_information(logits: Tensor, closed: Tensor, target: Tensor) -> Tensor:
         target: classes (B,).
     """
     ahead = logits.float().log_softmax(dim=1) - closed
-    return ahead.gather(1, target[:, None])[:, 0] / math.log(2)
+    return target_scores(ahead, target) / math.log(2)
 
 
 def coalitions(uniform: Tensor, order: Tensor) -> Tensor:

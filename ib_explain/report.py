@@ -21,11 +21,18 @@ from ib_explain.markup import Picture, cell, flat, grid, heading, image, named, 
 from ib_explain.pictures import Pictures
 from ib_explain.rows import Row
 from ib_explain.summary import CurveSummary, Extreme, Interval, MetricFacts, Summary, extremes
-from ib_explain.tables import Notes, Shown, counted, number_format, reading, verdict
-from ib_explain.tables import shown_difference as difference_of
-from ib_explain.tables import shown_mean_rank as mean_rank_of
-from ib_explain.tables import shown_rank as rank_of
-from ib_explain.tables import shown_score as score_of
+from ib_explain.tables import (
+    Notes,
+    Shown,
+    counted,
+    number_format,
+    reading,
+    shown_difference,
+    shown_mean_rank,
+    shown_rank,
+    shown_score,
+    verdict,
+)
 
 __all__ = ["case_metric", "report_html", "write_report"]
 
@@ -138,7 +145,7 @@ def _finding(summary: Summary) -> str:
     lead = full[0]
     tied = [m for m in full[1:] if ranks[m].low <= ranks[lead].high]
     over = counted(summary.ranked_metrics, "metric")
-    shown = mean_rank_of(summary, lead)
+    shown = shown_mean_rank(summary, lead)
     text = f"Best mean rank over {over}: {lead}, {f'{shown.value} {shown.interval}'.strip()}. "
     if math.isnan(ranks[lead].low):
         return text + "From one image nothing can be said on how certain that is."
@@ -180,9 +187,9 @@ def _leaderboard(summary: Summary, notes: Notes) -> str:
     scales += [scale([summary.cells[m, facts.name] for m in summary.methods]) for facts in summary.metrics]
     body = []
     for method in summary.methods:
-        cells = [cell(mean_rank_of(summary, method), summary.mean_ranks[method], scales[0])]
+        cells = [cell(shown_mean_rank(summary, method), summary.mean_ranks[method], scales[0])]
         for facts, place in zip(summary.metrics, scales[1:], strict=True):
-            shown = score_of(summary, notes, method, facts.name)
+            shown = shown_score(summary, notes, method, facts.name)
             cells.append(cell(shown, summary.cells[method, facts.name], place))
         body.append((method, cells))
     footnotes = "".join(f'<li id="note-{number}">{escape(text)}</li>' for number, text in enumerate(notes.texts, 1))
@@ -214,7 +221,7 @@ box, for instance), the image is left out, never counted as zero.</p>
 def _differences(summary: Summary, notes: Notes) -> str:
     if summary.reference is None:
         return ""
-    counted = [facts for facts in summary.metrics if facts.family != "cost"]
+    qualities = [facts for facts in summary.metrics if facts.family != "cost"]
     columns = [heading("better · open · worse", "", "", "metrics, cost aside", None)]
     columns += [_metric_heading(facts, None) for facts in summary.metrics]
     scales = {
@@ -225,12 +232,12 @@ def _differences(summary: Summary, notes: Notes) -> str:
     for method in summary.methods:
         if method == summary.reference:
             continue
-        signs = [verdict(d, f) for f in counted if (d := summary.differences[method, f.name]).n]
+        signs = [verdict(d, f) for f in qualities if (d := summary.differences[method, f.name]).n]
         tally = f"{signs.count(1)} · {signs.count(0)} · {signs.count(-1)}" if signs else "–"
         balance = Interval(signs.count(1) - signs.count(-1), math.nan, math.nan, len(signs))
         cells = [cell(Shown(tally), balance)]
         for facts in summary.metrics:
-            shown = difference_of(summary, notes, method, facts.name)
+            shown = shown_difference(summary, notes, method, facts.name)
             kind = {"▲": "better", "▼": "worse"}.get(shown.mark, "")
             cells.append(cell(shown, summary.differences[method, facts.name], scales[facts.name], kind, zero=True))
         body.append((method, cells))
@@ -248,7 +255,7 @@ def _ranks(summary: Summary) -> str:
         (
             method,
             [
-                cell(rank_of(summary, method, facts.name), summary.ranks.get((method, facts.name), missing))
+                cell(shown_rank(summary, method, facts.name), summary.ranks.get((method, facts.name), missing))
                 for facts in summary.metrics
             ],
         )
@@ -305,13 +312,15 @@ def _gaps(summary: Summary) -> str:
     groups: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
     for method in summary.methods:
         for facts in summary.metrics:
-            cell = summary.cells[method, facts.name]
-            what = {"not_applicable": "not applicable", "missing": "not run", "undefined": "undefined"}.get(cell.status)
-            what = "failed" if cell.failed else "not applicable" if cell.left_out else what
+            found = summary.cells[method, facts.name]
+            what = {"not_applicable": "not applicable", "missing": "not run", "undefined": "undefined"}.get(
+                found.status
+            )
+            what = "failed" if found.failed else "not applicable" if found.left_out else what
             if what:
-                some = cell.failed or cell.left_out
+                some = found.failed or found.left_out
                 images = f"{some} of {summary.images}" if some else "all"
-                groups[method, what, images, cell.reason].append(facts.name)
+                groups[method, what, images, found.reason].append(facts.name)
     if not groups:
         return "<p>Everything ran: each method has a value under each metric.</p>\n"
     lines = []

@@ -285,25 +285,30 @@ def _best_site(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...
             layouts |= {name: layout for name, layout in found.items() if isinstance(layout, Layout)}
             scores |= _scores(host, [c for c in group if c.name in layouts], layouts, best, size, args)
             passed_over += [c for c in group if c.name not in scores]
-        elif best > 0:
-            first = layouts[max(scores, key=lambda n: scores[n])]
-            alike = [n for n, score in scores.items() if score >= ALIKE * best and layouts[n].grid == first.grid]
-            name = min(alike, key=lambda n: (n.count("."), -scores[n]))
-            (site,) = _measure(host, {name: layouts[name]}, size, args)
-            if not site.usable:
-                rejected.append(site)
-                del scores[name]
-            elif site.pooled and site not in pooled:
-                pooled.append(site)
-                if len(pooled) == POOLED_TRIES:
-                    return pooled[0]
-                scores[name] *= POOLED  # others have another chance
-                waiting, passed_over = sorted([*waiting, *passed_over], key=lambda c: -_best_possible_score(c)), []
-            else:
-                return site
-        else:
+            continue
+        if best == 0:
             seen = min(rejected, key=lambda s: s.leak, default=None)
             raise ValueError(_no_default(host, size, seen))
+        name = _leader(scores, layouts)
+        (site,) = _measure(host, {name: layouts[name]}, size, args)
+        if not site.usable:
+            rejected.append(site)
+            del scores[name]
+            continue
+        if not site.pooled or site in pooled:  # one that leads with its lowered score as well is the best there is
+            return site
+        pooled.append(site)
+        if len(pooled) == POOLED_TRIES:
+            return pooled[0]
+        scores[name] *= POOLED  # others have another chance
+        waiting, passed_over = sorted([*waiting, *passed_over], key=lambda c: -_best_possible_score(c)), []
+
+
+def _leader(scores: dict[str, float], layouts: dict[str, Layout]) -> str:
+    """Of the layers with about the best score, and the grid of the best, the one highest in the tree of modules."""
+    best = max(scores, key=lambda n: scores[n])
+    alike = [n for n, s in scores.items() if s >= ALIKE * scores[best] and layouts[n].grid == layouts[best].grid]
+    return min(alike, key=lambda n: (n.count("."), -scores[n]))
 
 
 def _no_default(host: nn.Module, size: tuple[int, int, int], seen: Site | None) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ib_explain.hooks import capture
 from ib_explain.layouts import Layout, leaves
 from ib_explain.lending import frozen, run_host
-from ib_explain.modules import host_device, host_dtype
+from ib_explain.modules import host_device, on_host
 from ib_explain.randomness import generator_of, normal
 from ib_explain.readings import CERTAIN, FEW, STRIPES, Reader, choose
 
@@ -102,7 +102,7 @@ def _probe(
         found[name] = [r for (path, start), (_, rest) in pairs if (r := Reader.for_leaf(path, start, rest))]
 
     with frozen(model) as host, torch.no_grad():
-        batch = batch.to(host_device(host), host_dtype(host))
+        batch = on_host(batch, host)
         # Two passes of different length: the axis whose size follows the number of images is the batch's. Layers that
         # run twice are refused where one is resolved; here the first output serves.
         with capture(host, names, at=keep, once=False, stop=True):
@@ -114,4 +114,4 @@ def _probe(
 
 def probe_batch(model: nn.Module, count: int, size: tuple[int, int, int]) -> Tensor:
     """`probe_images` on the model's device, in its precision."""
-    return probe_images(count, size, seed=0).to(host_device(model), host_dtype(model))
+    return on_host(probe_images(count, size, seed=0), model)

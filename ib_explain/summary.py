@@ -160,7 +160,6 @@ def summarise(
     reference: str | None = None,
     *,
     methods: Sequence[str] | None = None,
-    resamples: int | None = None,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Summary:
@@ -182,7 +181,6 @@ def summarise(
         metrics: those to show, in this order.
         reference: the method that others are held against.
         methods: those to show; None is all that the rows name.
-        resamples: bootstrap samples; None is 10,000, fewer for more than 5,000 images.
         confidence: between 0 and 1.
         seed: of the bootstrap.
 
@@ -209,7 +207,7 @@ def summarise(
     if reference is not None:
         sides.append(values - values[:, [methods.index(reference)]])
     columns = np.concatenate([side.reshape(images, -1) for side in sides], axis=1)
-    resampled = resampled_means(columns, resamples=resamples, seed=seed)
+    resampled = resampled_means(columns, seed=seed)
     parts = [part.reshape(-1, *shape) for part in np.split(resampled, len(sides), axis=1)]
     # The cost is that of the method, measured once and filed under some images: they are no sample.
     sampled = np.array([facts.family != "cost" for facts in metrics])
@@ -227,7 +225,7 @@ def summarise(
             rank_samples[:, :, k] = average_ranks(parts[0][:, :, k], higher_is_better=better)
         else:
             ranks[:, k], rank_samples[:, :, k] = pairwise_ranks(
-                np.where(known, column, np.nan), higher_is_better=better, resamples=resamples, seed=seed
+                np.where(known, column, np.nan), higher_is_better=better, seed=seed
             )
     several = [k for k in range(len(metrics)) if (~np.isnan(ranks[:, k])).sum() > 1]
     counting = [k for k in several if metrics[k].counts] or [k for k in several if metrics[k].family != "cost"]
@@ -263,14 +261,12 @@ def summarise(
     )
 
 
-def summarise_curves(
-    curves: Iterable[CurveBatch], *, resamples: int | None = None, confidence: float = 0.95, seed: int = 0
-) -> list[CurveSummary]:
+def summarise_curves(curves: Iterable[CurveBatch], *, confidence: float = 0.95, seed: int = 0) -> list[CurveSummary]:
     """Mean curves with pointwise bootstrap percentile intervals over images, NaN left out."""
     found = []
     for curve in curves:
         scores = curve.scores.astype(np.float64)
-        low, high = percentile_interval(resampled_means(scores, resamples=resamples, seed=seed), confidence)
+        low, high = percentile_interval(resampled_means(scores, seed=seed), confidence)
         mean = mean_without_nan(scores)
         found.append(CurveSummary(curve.method, curve.metric, curve.fractions, mean, low, high, len(scores)))
     return found

@@ -56,9 +56,9 @@ def spread_target(target: Target, batch: int) -> Tensor:
     return indices
 
 
-def target_scores(logits: Tensor, indices: Tensor) -> Tensor:
-    """Logit of each image's class: (B, K), (B,) -> (B,)."""
-    return logits.gather(1, indices[:, None])[:, 0]
+def target_scores(values: Tensor, indices: Tensor) -> Tensor:
+    """Value of each image's class, such as its logit: (B, K), (B,) -> (B,)."""
+    return values.gather(1, indices[:, None])[:, 0]
 
 
 def class_rows(model: nn.Module, classes: int, seed: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ib_explain as ibx
-from ib_explain.facts import STATES, host_state, remembered
+from ib_explain.facts import STATES, remembered, weights_state
 from ib_explain.hooks import aside, replace_output
 from ib_explain.ib import IBAttention
 from tests.models import images, tiny
@@ -73,10 +73,10 @@ def test_only_the_latest_states_are_kept_and_the_host_is_freed():
 def test_running_statistics_that_changed_are_noticed():
     norm = nn.BatchNorm2d(4)
     host = nn.Sequential(nn.Conv2d(3, 4, 3), norm)
-    before = host_state(host)
-    assert host_state(host) == before
+    before = weights_state(host)
+    assert weights_state(host) == before
     norm.running_var.mul_(2)
-    assert host_state(host) != before
+    assert weights_state(host) != before
 
 
 @pytest.mark.parametrize("kind", ["lazy", "counter"])

@@ -37,12 +37,11 @@ def test_worked_example() -> None:
     )
     norms = torch.tensor([4.0, 3.0, 1.0, 2.0])
     torch.testing.assert_close(br_npa_maps(EXAMPLE)[0].flatten(1), torch.tensor(expected) * norms, **TOLERANCE)
-    torch.testing.assert_close(br_npa_maps(EXAMPLE, weigh=False), parts.attention)
 
 
 def test_against_the_loop_written_out() -> None:
     features = torch.randn(3, 6, 4, 5, generator=torch.Generator().manual_seed(0)).relu()
-    attention = br_npa_maps(features, 4, weigh=False)
+    attention = br_npa_parts(features, 4).attention
     for image in range(3):
         vectors = [features[image, :, y, x] for y in range(4) for x in range(5)]
         norms = [float(v.norm()) + 1e-5 * float(features[image].max()) for v in vectors]
@@ -70,7 +69,7 @@ def test_degenerate_features_stay_finite() -> None:
     parallel = br_npa_parts(torch.tensor([1.0, 2.0])[None, :, None, None] * torch.arange(1.0, 5).view(1, 1, 2, 2), 3)
     assert parallel.attention[0, 0].sum() == pytest.approx(1)
     assert parallel.attention[0, 1:].abs().sum() == 0  # nothing but rounding is left: no further seed
-    opposite = br_npa_maps(torch.tensor([[[[2.0, -1.0]]]]), 2, weigh=False)
+    opposite = br_npa_parts(torch.tensor([[[[2.0, -1.0]]]]), 2).attention
     torch.testing.assert_close(opposite[0, :, 0], torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
 
 

@@ -7,7 +7,7 @@ from scipy.sparse.linalg import spsolve
 from torch import nn
 
 from ib_explain.metrics import METRICS, Case, noisy_linear_imputation, road, road_combined
-from ib_explain.metrics.road import _coarsen, _refine
+from ib_explain.metrics.imputation import _coarsen, _refine
 
 WEIGHTS = {(0, 1): 2, (0, -1): 2, (1, 0): 2, (-1, 0): 2, (1, 1): 1, (1, -1): 1, (-1, 1): 1, (-1, -1): 1}  # of 12
 

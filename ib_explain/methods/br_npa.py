@@ -78,9 +78,7 @@ class Parts:
     seeds: Tensor
 
 
-def br_npa_ranked_maps(
-    model: nn.Module, x: Tensor, *, layer: str | nn.Module | None = None, maps: int = 3, weigh: bool = True
-) -> Tensor:
+def br_npa_ranked_maps(model: nn.Module, x: Tensor, *, layer: str | nn.Module | None = None, maps: int = 3) -> Tensor:
     """All N ranked maps of images, strongest group first; `attribute(method="br_npa")` joins them into one.
 
     Args:
@@ -88,7 +86,6 @@ def br_npa_ranked_maps(
         x: images (B, 3, H, W).
         layer: where to look; None for `cam_layer`.
         maps: N.
-        weigh: as for `br_npa_maps`.
 
     Returns:
         (B, N, H, W) float32, non-negative; zero maps where nothing was left to group.
@@ -96,20 +93,20 @@ def br_npa_ranked_maps(
     check_images(x, device=host_device(model))
     with frozen(model) as host, torch.no_grad():
         call = Call(host, x, None, layer, seed=0, batch_size=None)
-        return resize(br_npa_maps(grid_features(call, cam_site(call)), maps, weigh=weigh), call.size)
+        return resize(br_npa_maps(grid_features(call, cam_site(call)), maps), call.size)
 
 
-def br_npa_maps(features: Tensor, maps: int = 3, *, weigh: bool = True) -> Tensor:
+def br_npa_maps(features: Tensor, maps: int = 3) -> Tensor:
     """The N ranked maps of features (B, C, h, w), as (B, N, h, w), non-negative and finite.
+
+    Each is multiplied by the norm of the features, which decides what a position contributes; see `br_npa_parts`.
 
     Args:
         features: of any layer.
         maps: N.
-        weigh: multiply each map by the features' norm, as for pictures: the norm decides what a position contributes.
-            False gives the similarities alone, each map summing to 1.
     """
     parts = br_npa_parts(features, maps)
-    return parts.attention * parts.norms if weigh else parts.attention
+    return parts.attention * parts.norms
 
 
 def br_npa_parts(features: Tensor, maps: int = 3) -> Parts:

@@ -6,6 +6,7 @@ from ib_explain.metrics.correlation import dc, ic, sensitivity_n
 from ib_explain.metrics.cost import Cost, count_passes, measure_cost
 from ib_explain.metrics.ground_truth import boxes_to_masks, centred_gaussian, fixations_to_density, other_fixations
 from ib_explain.metrics.human import CONVENTIONS, auc, auc_judd, auc_shuffled, cc, information_gain, kld, nss, sim
+from ib_explain.metrics.imputation import noisy_linear_imputation
 from ib_explain.metrics.localisation import (
     best_iou,
     effective_heat_ratio,
@@ -30,7 +31,7 @@ from ib_explain.metrics.perturbation import (
     insertion_deletion,
 )
 from ib_explain.metrics.probe import Probe
-from ib_explain.metrics.road import noisy_linear_imputation, road, road_combined
+from ib_explain.metrics.road import road, road_combined
 from ib_explain.metrics.robustness import infidelity, max_sensitivity
 from ib_explain.metrics.sanity import (
     Randomisation,

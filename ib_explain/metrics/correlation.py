@@ -50,7 +50,7 @@ def ic(
         (B,) float32 in [-1, 1]; NaN for a constant map, a constant score or a single step.
     """
     probe = Probe(model, x, target, batch_size=batch_size)
-    curve = ranked_curve(probe, maps, True, fill, steps, pixels_per_step, score, seed)
+    curve = ranked_curve(probe, maps, fill, steps, pixels_per_step, score, seed, insert=True)
     return _calibration(curve, probe.check_maps(maps))
 
 
@@ -75,7 +75,7 @@ def dc(
         (B,) float32 in [-1, 1]; NaN for a constant map, a constant score or a single step.
     """
     probe = Probe(model, x, target, batch_size=batch_size)
-    curve = ranked_curve(probe, maps, False, fill, steps, pixels_per_step, score, seed)
+    curve = ranked_curve(probe, maps, fill, steps, pixels_per_step, score, seed, insert=False)
     return -_calibration(curve, probe.check_maps(maps))
 
 

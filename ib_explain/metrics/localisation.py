@@ -50,7 +50,8 @@ def pointing_game(maps: Tensor, masks: Tensor, *, tolerance: float = 0.0) -> Ten
     """
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be >= 0 pixels, got {tolerance}")
-    values, inside = _rows(flat_values(maps), maps, masks)
+    values = flat_values(maps)
+    inside = _flat_masks(masks, maps)
     width = maps.shape[-1]
     # argmax promises no order among equal values, the first index that attains the maximum does.
     attains = values == values.amax(dim=1, keepdim=True)
@@ -67,7 +68,8 @@ def energy_inside(maps: Tensor, masks: Tensor) -> Tensor:
     The energy-based pointing game of Wang et al., "Score-CAM", CVPR workshops 2020 (arXiv 1910.01279), section 4.3.
     An even map gets the mask's share of the image.
     """
-    heat, inside = _rows(flat_heat(maps), maps, masks)
+    heat = flat_heat(maps)
+    inside = _flat_masks(masks, maps)
     total = heat.sum(dim=1)
     return undefined_where((total == 0) | ~inside.any(dim=1), (heat * inside).sum(dim=1) / total)
 
@@ -79,7 +81,8 @@ def top_share(maps: Tensor, masks: Tensor) -> Tensor:
     keep images whose box covers at most 33 % of the image. Pixels that tie at the n-th place count by their share
     inside, the mean over all orders of them: the zeros of a rectified map then favour no corner of the image.
     """
-    values, inside = _rows(flat_values(maps), maps, masks)
+    values = flat_values(maps)
+    inside = _flat_masks(masks, maps)
     area = inside.sum(dim=1)
     ranked = values.sort(dim=1, descending=True).values
     cut = ranked.gather(1, (area - 1).clamp_min(0)[:, None])  # (B, 1), the n-th largest value
@@ -105,7 +108,8 @@ def effective_heat_ratio(maps: Tensor, masks: Tensor, *, floor: float = 0.1) -> 
     """
     if not 0 <= floor < 1:
         raise ValueError(f"floor must be a share of the maximum in [0, 1), got {floor}")
-    heat, inside = _rows(flat_heat(maps), maps, masks)
+    heat = flat_heat(maps)
+    inside = _flat_masks(masks, maps)
     peak = heat.amax(dim=1, keepdim=True)
     heat = heat / torch.where(peak > 0, peak, 1.0)
     ranked, order = heat.sort(dim=1, descending=True)  # (B, N)
@@ -130,7 +134,8 @@ def best_iou(maps: Tensor, masks: Tensor) -> Tensor:
 
     The best threshold is chosen with the mask in hand: an upper bound that frees the score from the map's scale.
     """
-    values, inside = _rows(flat_values(maps), maps, masks)
+    values = flat_values(maps)
+    inside = _flat_masks(masks, maps)
     area = inside.sum(dim=1, keepdim=True)
     ranked, order = values.sort(dim=1, descending=True)
     common = inside.gather(1, order).cumsum(dim=1)
@@ -165,8 +170,8 @@ def relative_to_centre(
     return undefined_where(reference == 0, score.double() / reference.double())
 
 
-def _rows(values: Tensor, maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (B, N) as they are, and the masks checked against the maps as (B, N) bool."""
+def _flat_masks(masks: Tensor, maps: Tensor) -> Tensor:
+    """Masks of these maps, checked: (B, N) bool on their device."""
     if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
         came = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
         raise TypeError(f"masks must be a bool tensor of shape (B, 1, H, W) or (B, H, W), got {came}")
@@ -174,7 +179,7 @@ def _rows(values: Tensor, maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     flat = masks[:, 0] if masks.ndim == 4 and masks.shape[1] == 1 else masks
     if tuple(flat.shape) != expected:
         raise ValueError(f"masks must have the maps' batch and size {expected}, got shape {tuple(masks.shape)}")
-    return values, flat.to(values.device).flatten(1)
+    return flat.to(maps.device).flatten(1)
 
 
 def _against_centre(measure: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

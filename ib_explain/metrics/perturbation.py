@@ -56,7 +56,7 @@ def insertion(
         Curve; fractions are the share of pixels inserted, auc is RISE's (sum - first/2 - last/2) / S.
     """
     probe = Probe(model, x, target, batch_size=batch_size)
-    return ranked_curve(probe, maps, True, fill, steps, pixels_per_step, score, seed)
+    return ranked_curve(probe, maps, fill, steps, pixels_per_step, score, seed, insert=True)
 
 
 def deletion(
@@ -80,7 +80,7 @@ def deletion(
         Curve; fractions are the share of pixels removed, auc is RISE's (sum - first/2 - last/2) / S.
     """
     probe = Probe(model, x, target, batch_size=batch_size)
-    return ranked_curve(probe, maps, False, fill, steps, pixels_per_step, score, seed)
+    return ranked_curve(probe, maps, fill, steps, pixels_per_step, score, seed, insert=False)
 
 
 def insertion_deletion(
@@ -98,8 +98,8 @@ def insertion_deletion(
 ) -> tuple[Curve, Curve]:
     """Both curves with one fill, as `insertion` and `deletion` give them; their common end points are scored once."""
     probe = Probe(model, x, target, batch_size=batch_size)
-    inserted = ranked_curve(probe, maps, True, fill, steps, pixels_per_step, score, seed)
-    return inserted, ranked_curve(probe, maps, False, fill, steps, pixels_per_step, score, seed)
+    inserted = ranked_curve(probe, maps, fill, steps, pixels_per_step, score, seed, insert=True)
+    return inserted, ranked_curve(probe, maps, fill, steps, pixels_per_step, score, seed, insert=False)
 
 
 def degradation(
@@ -162,12 +162,13 @@ def degradation_area(
 def ranked_curve(
     probe: Probe,
     maps: Tensor,
-    insert: bool,
     fill: str | Tensor,
     steps: int | None = None,
     pixels_per_step: int | None = None,
     score: str = "probability",
     seed: int = 0,
+    *,
+    insert: bool,
 ) -> Curve:
     """`insertion` or `deletion` for images that a probe holds."""
     maps = probe.check_maps(maps)
