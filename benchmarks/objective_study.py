@@ -52,7 +52,7 @@ def unscaled(seen: Observation) -> Tensor:
 class Variant:
     """What differs from the package's own objective."""
 
-    price: float = objective.PRICE
+    price: float = objective.BETA_PER_STAKE
     contrast: float = objective.CONTRAST
     rate: Callable[[Tensor, Tensor, int], Tensor] = objective.rate
     prices: Callable[[Observation], Tensor] = objective.location_price
@@ -134,7 +134,7 @@ def fit(host: nn.Module, data: quality.Data, variant: Variant, steps: int) -> ib
 @contextmanager
 def changed(variant: Variant) -> Iterator[None]:
     with (
-        mock.patch.object(training, "PRICE", variant.price),
+        mock.patch.object(training, "BETA_PER_STAKE", variant.price),
         mock.patch.object(training, "rate", variant.rate),
         mock.patch.object(training, "location_price", variant.prices),
         mock.patch.object(objective, "CONTRAST", variant.contrast),

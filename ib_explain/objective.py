@@ -22,11 +22,11 @@ from ib_explain.maps import resize
 from ib_explain.observation import Observation
 from ib_explain.targets import target_scores
 
-__all__ = ["PRICE", "location_price", "nats_at_stake", "rate", "standardised", "worth_fitting"]
+__all__ = ["BETA_PER_STAKE", "location_price", "nats_at_stake", "rate", "standardised", "worth_fitting"]
 
-PRICE = 2.0  # in units of what is at stake: what a rate of 1 costs, one nat through every feature element
+BETA_PER_STAKE = 2.0  # the rate's weight beta, in units of the nats that are at stake in the image
 LEAST_AT_STAKE = 0.1  # nats
-CONTRAST = 3.0  # by which the log of the price falls for evidence of one standard deviation more
+CONTRAST = 3.0  # the log of a place's price falls by this for one standard deviation more of evidence
 BLOCKS = 4  # a side
 
 

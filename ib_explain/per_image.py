@@ -21,7 +21,7 @@ from torch import Tensor
 from ib_explain.bottleneck.information import MOST_ATTENTION
 from ib_explain.bottleneck.module import Restriction
 from ib_explain.layouts import Layout
-from ib_explain.objective import PRICE, location_price, nats_at_stake, rate, standardised
+from ib_explain.objective import BETA_PER_STAKE, location_price, nats_at_stake, rate, standardised
 from ib_explain.observation import Observation
 from ib_explain.randomness import generator_of, normal
 
@@ -41,8 +41,8 @@ class PerImageSettings:
     Attributes:
         steps: Adam steps.
         lr: learning rate on the logit of A.
-        beta: weight of the rate (`ib_explain.objective.rate`) against the loss of the target in nats; None for `PRICE`
-            times what is at stake in each image.
+        beta: weight of the rate (`ib_explain.objective.rate`) against the loss of the target in nats; None for
+            `BETA_PER_STAKE` times what is at stake in each image.
         copies: noise samples a step; they come in antithetic pairs.
         seed: of the noise.
     """
@@ -128,7 +128,7 @@ def _beta(
     noise = normal(generator, 1, *seen.features.shape[1:])
     with torch.no_grad():
         closed = seen.tail(restriction.apply_to(seen, layout, torch.zeros((), device=noise.device), noise))
-    return PRICE * nats_at_stake(seen.logits, closed)
+    return BETA_PER_STAKE * nats_at_stake(seen.logits, closed)
 
 
 def _logit(attention: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from ib_explain.bottleneck.anchors import Anchors
 from ib_explain.bottleneck.module import Bottleneck
 from ib_explain.data.batches import Share
 from ib_explain.modules import host_device, host_dtype
-from ib_explain.objective import PRICE, location_price, nats_at_stake, rate, worth_fitting
+from ib_explain.objective import BETA_PER_STAKE, location_price, nats_at_stake, rate, worth_fitting
 from ib_explain.observation import Observation, observe
 from ib_explain.places import Place
 from ib_explain.randomness import generator_of, normal, uniform
@@ -38,8 +38,8 @@ from ib_explain.relevance import LEAST_TYPICAL_BITS, coalitions, label_informati
 __all__ = ["PRECISIONS", "UPDATES", "FitSettings", "Trainer"]
 
 UPDATES = 2  # of the weights on each batch: they share the clean pass, which costs as much as the restricted one
-PRICE_RISES = 0.18  # share of the batches, of a fit without the gradient
-SHUT = 0.01  # of the batch's mean bits: an image that gets less, and loses its answer by it, has been closed for
+BETA_RISES = 0.18  # share of the batches, of a fit without the gradient
+SHUT = 0.01  # of the batch's mean bits: an image with fewer, whose answer is lost by it, counts as shut out
 LOOK_AGAIN = 8  # batches until the fully closed and the fully open bottleneck are looked at again
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,7 +50,7 @@ class FitSettings:
 
     Attributes:
         steps: number of batches, with `UPDATES` steps of the optimiser on each.
-        beta: weight of the rate in the loss; None for `PRICE` times what is at stake in each image.
+        beta: weight of the rate in the loss; None for `BETA_PER_STAKE` times what is at stake in each image.
         lr: peak learning rate of Adam; one cosine cycle with a short warm-up.
         objective: "prediction" draws targets from the host's own predictive distribution, "label" takes the labels.
         precision: "fp32", "bf16" or "fp16"; statistics, gate and bits are float32 in any case.
@@ -76,7 +76,7 @@ class _Terms(NamedTuple):
     """Cross-entropy of the target without a bottleneck."""
 
 
-class _Told(NamedTuple):
+class _StepMetrics(NamedTuple):
     """Metrics of one optimiser step: scalars, means over its images or, the last three, counts of them."""
 
     loss: Tensor
@@ -160,8 +160,9 @@ class Trainer:
         if self.step_number % LOOK_AGAIN == 0:
             self._look_at_both_ends(seen, first)
         terms = self._terms(seen)
-        told = [self._update(seen, terms, noise, self.step_number * UPDATES + part) for part, noise in enumerate(later)]
-        self._follow(told)
+        number = self.step_number * UPDATES
+        metrics = [self._update(seen, terms, noise, number + part) for part, noise in enumerate(later)]
+        self._follow(metrics)
         self.step_number += 1
         self.images += len(x) * self.share.world
         if self.step_number % 10 == 1:
@@ -174,9 +175,9 @@ class Trainer:
         worth = worth_fitting(seen.logits, closed, seen.target)
         # A batch in which no image tells more than average content (an untrained host's) still moves the attention.
         worth = torch.where(self._mean_over_processes(worth.sum()) > 0, worth, torch.ones_like(worth))
-        beta = PRICE * stake if self.settings.beta is None else torch.full_like(stake, self.settings.beta)
+        beta = BETA_PER_STAKE * stake if self.settings.beta is None else torch.full_like(stake, self.settings.beta)
         if not self.bottleneck.gradient:
-            beta = beta * min(1.0, (self.step_number + 1) / (PRICE_RISES * self.settings.steps))
+            beta = beta * min(1.0, (self.step_number + 1) / (BETA_RISES * self.settings.steps))
         return _Terms(
             stake=stake,
             beta=beta,
@@ -185,7 +186,7 @@ class Trainer:
             intact=F.cross_entropy(seen.logits.float(), seen.target, reduction="none"),
         )
 
-    def _update(self, seen: Observation, terms: _Terms, noise: _BatchNoise, number: int) -> _Told:
+    def _update(self, seen: Observation, terms: _Terms, noise: _BatchNoise, number: int) -> _StepMetrics:
         """Step `number` of the optimiser."""
         bottleneck = self.bottleneck
         with self.autocast():
@@ -210,7 +211,7 @@ class Trainer:
         asked, agreed = seen.target == top, logits.argmax(1) == top
         bits = passed.sum(dim=(1, 2, 3))
         shut = asked & ~agreed & (bits < SHUT * bits.mean())
-        return _Told(
+        return _StepMetrics(
             loss=loss.detach(),
             lost=(kept - terms.intact).detach().mean(),
             bits=bits.detach().mean(),
@@ -296,33 +297,28 @@ class Trainer:
 
     def _look_at_both_ends(self, seen: Observation, noise: _BatchNoise) -> None:
         """What the host says with nothing let through, and how often it says the same with the whole grid."""
-        layout = self.place.site.layout
-        passing = noise.normal(seen.features.shape[1:])
-
-        def said(attention: float) -> Tensor:
-            value = torch.full((), attention, device=seen.features.device)
-            with torch.no_grad(), self.autocast():
-                return seen.tail(self.bottleneck.restriction.apply_to(seen, layout, value, passing)).float()
-
-        now = self._mean_over_processes(said(0.0).softmax(dim=1).mean(dim=0, keepdim=True))
+        mixed = noise.normal(seen.features.shape[1:])
+        shut, wide = torch.zeros((), device=mixed.device), torch.ones((), device=mixed.device)
+        now = self._mean_over_processes(self._logits(seen, shut, mixed).softmax(dim=1).mean(dim=0, keepdim=True))
         self.closed = now if self.closed is None else 0.7 * self.closed + 0.3 * now
-        if layout.has_side and self.bottleneck.restriction.gate.measures_bits:
-            same = said(1.0).argmax(1) == seen.logits.argmax(1)
+        if self.place.site.layout.has_side and self.bottleneck.restriction.gate.measures_bits:
+            same = self._logits(seen, wide, mixed).argmax(1) == seen.logits.argmax(1)
             share = self._mean_over_processes(same.float().mean()).item()
             looks = self.step_number // LOOK_AGAIN
             self.grid_alone = (self.grid_alone * looks + share) / (looks + 1)
 
+    def _logits(self, seen: Observation, attention: Tensor, noise: Tensor) -> Tensor:
+        """What the host says where this attention decides what passes, (B, K) float32, without gradient."""
+        restriction, layout = self.bottleneck.restriction, self.place.site.layout
+        with torch.no_grad(), self.autocast():
+            return seen.tail(restriction.apply_to(seen, layout, attention, noise)).float()
+
     def _relevance_error(self, seen: Observation, noise: _BatchNoise, number: int) -> Tensor:
         """Of a random set of positions in each image, and of all others: see `regression_loss`."""
-        bottleneck, layout = self.bottleneck, self.place.site.layout
+        bottleneck = self.bottleneck
         chosen = coalitions(noise.uniform(), noise.normal((1, *self.place.site.grid)))
         mixed = noise.normal(seen.features.shape[1:])
-
-        def said(passing: Tensor) -> Tensor:
-            with torch.no_grad(), self.autocast():
-                return seen.tail(bottleneck.restriction.apply_to(seen, layout, passing, mixed)).float()
-
-        nothing = said(torch.zeros_like(chosen))
+        nothing = self._logits(seen, torch.zeros_like(chosen), mixed)
         closed, typical = bottleneck.get_buffer("closed"), bottleneck.get_buffer("typical_bits")
         now = self._mean_over_processes(nothing.log_softmax(dim=1).mean(dim=0, keepdim=True))
         closed.lerp_(now, 1 / (number + 1))  # the mean of all steps
@@ -333,7 +329,7 @@ class Trainer:
             relevance = bottleneck.label_bits(seen)
         error = relevance.new_zeros(())
         for passing in (chosen, 1 - chosen):
-            worth = label_information(said(passing), closed, seen.target)
+            worth = label_information(self._logits(seen, passing, mixed), closed, seen.target)
             # Of small sets the noise says more than they do; what it says alone is known, and zero in the mean.
             worth = worth - (1 - passing.mean(dim=(1, 2, 3))) * by_chance
             error = error + regression_loss(relevance / typical, passing, worth / typical).mean() / 2
@@ -342,11 +338,11 @@ class Trainer:
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         return values if self.share.world == 1 else self.accelerator.reduce(values, reduction="mean")
 
-    def _follow(self, told: list[_Told]) -> None:
-        """Take what the steps on a batch tell into the running figures: the same on every process."""
-        rows = torch.stack([torch.stack([value.float() for value in one]) for one in told])
+    def _follow(self, metrics: list[_StepMetrics]) -> None:
+        """Take the metrics of the steps on a batch into the running figures: the same on every process."""
+        rows = torch.stack([torch.stack([value.float() for value in one]) for one in metrics])
         for values in self._mean_over_processes(rows).tolist():  # one look at the device for all of them
-            found = dict(zip(_Told._fields, values, strict=True))
+            found = dict(zip(_StepMetrics._fields, values, strict=True))
             whole = found["loss"] + found["relevance_error"]
             if not math.isfinite(whole):
                 raise FloatingPointError(

@@ -17,7 +17,7 @@ from ib_explain.bottleneck.attention import AttentionNetwork
 from ib_explain.data.synthetic import Synthetic, demo_host
 from ib_explain.fitting import train
 from ib_explain.ib import IBAttention
-from ib_explain.objective import PRICE
+from ib_explain.objective import BETA_PER_STAKE
 from tests.models import CLASSES, images, tiny
 from tests.test_per_image import planted
 
@@ -85,7 +85,8 @@ class TestWhatTrains:
                 closed = restricted(x)
         at_stake = torch.nn.functional.kl_div(closed.log_softmax(1), free.softmax(1), reduction="batchmean")
         assert at_stake > 0.3
-        assert history[0]["beta"] == pytest.approx(PRICE * at_stake.item(), rel=0.6)  # its one draw of noise is another
+        # Its one draw of noise is another.
+        assert history[0]["beta"] == pytest.approx(BETA_PER_STAKE * at_stake.item(), rel=0.6)
         assert fit(data, steps=2, beta=3.0).record["history"][0]["beta"] == 3.0
 
     @pytest.mark.slow
