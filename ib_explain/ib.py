@@ -248,28 +248,17 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 a layer whose grid no gradient of the logits reaches, a host of one class, another run's checkpoint.
             FileExistsError: the checkpoint's folder holds other files, or a saved bottleneck.
         """
-        if objective not in OBJECTIVES:
-            raise ValueError(f"unknown objective {objective!r}{did_you_mean(str(objective), OBJECTIVES)}")
-        for name, value in (("beta", beta), ("lr", lr)):
-            if value is not None:
-                check_number(value, name, above=0)
-        if resume and checkpoint is None:
-            raise ValueError("resume=True needs checkpoint=FOLDER, got None")
-        if every is not None:
-            check_positive_int(every, "every")
-        if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
-            raise TypeError(f"checkpoint must be the name of a folder, got {checkpoint!r}")
-        check_bool(resume, "resume")
-        check_bool(show_progress, "show_progress")
+        _check_fit_options(objective, beta, lr, checkpoint, every, resume, show_progress)
         device = host_device(self.host)
         with frozen(self.forward_func) as host, torch.enable_grad(), launched(device) as accelerator:
             share = Share(accelerator.process_index, accelerator.num_processes)
             batches = Batches(data, self.seed, share, labelled=objective == "label")
-            first, _ = next(batches.first(1))
+            with contextlib.closing(batches.first(1)) as beginning:
+                first, _ = next(beginning)
             check_images(first, name="images from data", channels=channels_of(host))
             place = with_fresh_facts(host, lambda: self._find_place(host, first))
             self._check_place(place)
-            by_default = max(100, round(DEFAULT_IMAGES[self.reads] / (len(first) * batches.share.world)))
+            by_default = max(100, round(DEFAULT_IMAGES[self.reads] / (len(first) * share.world)))
             settings = FitSettings(
                 steps=check_positive_int(by_default if steps is None else steps, "steps"),
                 beta=None if beta is None else float(beta),
@@ -279,17 +268,17 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 seed=self.seed,
             )
             description = {**self._describe(place), "host": host_facts(host), "batch_size": len(first)}
-            state, begins = None, digest(first)
+            begins = digest(first)
+            state = None
             if checkpoint is not None:
                 check_checkpoint_folder(checkpoint)
-            if resume and checkpoint is not None:
-                # The main process wrote it, and others read other batches.
-                seen = begins if accelerator.is_main_process else None
-                state = read_checkpoint(checkpoint, description, dataclasses.asdict(settings), seen)
-            if state is not None:
-                bottleneck = self._empty(state["weights"], place).to(device)
-            else:
+                if resume:  # the main process wrote it, and others read other batches
+                    seen = begins if accelerator.is_main_process else None
+                    state = read_checkpoint(checkpoint, description, dataclasses.asdict(settings), seen)
+            if state is None:
                 bottleneck = self._start(host, place, batches, accelerator, show_progress)
+            else:
+                bottleneck = self._empty(state["weights"], place).to(device)
 
             def save(now: dict[str, Any]) -> None:
                 write_checkpoint(Path(str(checkpoint)), bottleneck.state_dict(), description, now, begins)
@@ -308,7 +297,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             )
         # Only now: a run that is interrupted leaves an earlier fit as it was.
         self._bottleneck = bottleneck.requires_grad_(False)
-        self._fitted_to, self._weights_seen = description["host"], (weights_state(self.host), host_dtype(self.host))
+        self._fitted_to, self._weights_seen = description["host"], self._weights_now()
         self._settle(place)
         images = int(bottleneck.restriction.moments.get_buffer("count"))
         about = {"layer": place.site.name, "device": str(device), "data": _source(data)}
@@ -353,7 +342,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         if self.fitted:
             beta = (self.record or {}).get("settings", {}).get("beta")
             settings = dataclasses.replace(settings, steps=int(refine), lr=REFINING_LR, beta=beta)
-        maps = self._maps(x, target, additional_forward_args, settings, output, fitted=self.fitted)
+        maps = self._maps(x, target, additional_forward_args, settings, output, from_fit=self.fitted)
         return (maps,) if echo else maps
 
     def check_options(self, *, refine: int = 0, output: str = "bits") -> None:
@@ -396,7 +385,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             TypeError, ValueError, IndexError: inputs, target or output that are not as above.
         """
         check_output(output, self.gate, relevance=False)
-        return self._maps(inputs, target, None, settings, output, fitted=False, reference=reference)
+        return self._maps(inputs, target, None, settings, output, from_fit=False, reference=reference)
 
     def information(self, inputs: Tensor) -> Tensor:
         """Bits that the bottleneck passes for each image and the host's own top-1: (B, 3, H, W) -> (B,).
@@ -488,7 +477,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 told = " ".join(str(error).split())
                 raise ValueError(f"{path} does not fit this model: {told}") from error
         self.record, self._fitted_to = config.get("record"), fitted_to
-        self._weights_seen = weights_state(self.host), host_dtype(self.host)
+        self._weights_seen = self._weights_now()
         return self
 
     @classmethod
@@ -569,9 +558,13 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             told = f"layer {place.site.name!r} is no cut: {leak:.0%} of the logits' spread flows around its grid"
             warn_user(f"{told}, so its bits do not bound what the model uses")
 
+    def _weights_now(self) -> tuple[int, torch.dtype]:
+        """What changes with the host's weights, and their precision."""
+        return weights_state(self.host), host_dtype(self.host)
+
     def _check_weights(self) -> None:
         """Warn, once, that the host is not as it was when the bottleneck was fitted to it."""
-        now = weights_state(self.host), host_dtype(self.host)
+        now = self._weights_now()
         if now != self._weights_seen and self._fitted_to is not None:
             # Another precision rounds the weights: they cannot be compared.
             same_precision = self._weights_seen is None or self._weights_seen[1] == now[1]
@@ -675,19 +668,20 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         settings: PerImageSettings,
         output: str,
         *,
-        fitted: bool,
+        from_fit: bool,
         reference: Tensor | None = None,
     ) -> Tensor:
+        """Maps, optimised by `settings` from the fitted attention on or, also for a fitted object, from scratch."""
         check_images(x, name="inputs", channels=channels_of(self.host), device=host_device(self.host))
         args = HostArgs.of(additional, len(x))
-        if not fitted and args.differ():  # the statistics are those of the features under an image's own arguments
+        if not from_fit and args.differ():  # the statistics are those of the features under an image's own arguments
             classes = [None] * len(x) if target is None else [*spread_target(target, len(x)).split(1)]
-            parts = [
-                self._maps(x[i : i + 1], classes[i], args.row(i), settings, output, fitted=False, reference=reference)
+            one_by_one = [
+                self._maps(x[i : i + 1], classes[i], args.row(i), settings, output, from_fit=False, reference=reference)
                 for i in range(len(x))
             ]
-            return torch.cat(parts)
-        if fitted:
+            return torch.cat(one_by_one)
+        if from_fit:
             self._check_weights()
         with frozen(self.forward_func) as host, torch.no_grad():
             # The optimisation is priced by the deeper layers' evidence, whatever the attention itself reads.
@@ -699,11 +693,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             if output == "relevance":
                 maps = relevance_map(self.bottleneck, seen, place, size)
             else:
-                restriction, start = self._restriction(host, place, args, reference), None
-                evidence = None
-                if fitted:
-                    start = self.bottleneck.attend(seen).value
-                    evidence = self._evidence(host, x, seen, settings, args)
+                restriction = self._restriction(host, place, args, reference)
+                start = self.bottleneck.attend(seen).value if from_fit else None
+                evidence = self._evidence(host, x, seen, settings, args) if from_fit else None
                 attention = optimise(restriction, seen, place.site.layout, settings, start, evidence)
                 as_bits = output == "bits"
                 maps = bits_map(restriction, seen, attention, place, size) if as_bits else resize(attention, size)
@@ -747,6 +739,30 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                     raise ValueError(f"attention must be a number or {expected}, got {tuple(attention.shape)}")
                 value = attention.to(x.device).expand(expected)
         return Plan(restriction, seen, place.site.layout, value)
+
+
+def _check_fit_options(
+    objective: str,
+    beta: float | None,
+    lr: float | None,
+    checkpoint: str | Path | None,
+    every: int | None,
+    resume: bool,
+    show_progress: bool,
+) -> None:
+    """Raise as `IBAttention.fit` says, before anything is computed."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}{did_you_mean(str(objective), OBJECTIVES)}")
+    for name, value in (("beta", beta), ("lr", lr)):
+        if value is not None:
+            check_number(value, name, above=0)
+    if check_bool(resume, "resume") and checkpoint is None:
+        raise ValueError("resume=True needs checkpoint=FOLDER, got None")
+    if every is not None:
+        check_positive_int(every, "every")
+    if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
+        raise TypeError(f"checkpoint must be the name of a folder, got {checkpoint!r}")
+    check_bool(show_progress, "show_progress")
 
 
 def _size(x: Tensor) -> tuple[int, int, int]:
