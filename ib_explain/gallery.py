@@ -6,17 +6,18 @@ import io
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ib_explain.colours import colour_range, overlay, reduced
 from ib_explain.contenders import Contender
+from ib_explain.data.preprocessing import denormalize
 from ib_explain.hosts import class_names, timm_config
 from ib_explain.leaderboard import Leaderboard
 from ib_explain.pictures import Picture, Pictures
 from ib_explain.samples import ImageBatch
 from ib_explain.sources import Source
-from ib_explain.visualize import colour_range, denormalize, overlay, visualize
+from ib_explain.visualize import visualize
 
 __all__ = ["draw_pictures"]
 
@@ -125,10 +126,7 @@ def _sheet(
 def _pair(picture: Tensor, heat: Tensor, limit: float, signed: bool) -> bytes:
     """Image and overlay side by side, as a small PNG."""
     ratio = SIDE / max(picture.shape[1:])
-    size = tuple(max(1, round(side * ratio)) for side in picture.shape[1:])
-    if ratio < 1:
-        picture = F.interpolate(picture[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)
-        heat = F.interpolate(heat[None], size=size, mode="area")[0]  # means: the scale stays per input pixel
+    (picture,), (heat,) = reduced(picture[None], heat, SIDE)
     both = np.concatenate(
         [
             (picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8),
@@ -138,7 +136,8 @@ def _pair(picture: Tensor, heat: Tensor, limit: float, signed: bool) -> bytes:
     )
     image = Image.fromarray(both)
     if ratio > 1:
-        image = image.resize((2 * size[1], size[0]), Image.Resampling.NEAREST)
+        height, width = (max(1, round(side * ratio)) for side in picture.shape[1:])
+        image = image.resize((2 * width, height), Image.Resampling.NEAREST)
     return _small(image)
 
 

@@ -19,29 +19,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ib_explain.checks import check_images, check_maps, check_positive_int
+from ib_explain.checks import check_maps, check_positive_int
+from ib_explain.colours import Scale, draw_bar, overlay, reduced
+from ib_explain.data.preprocessing import Channels, denormalize
 from ib_explain.files import replace_file
-from ib_explain.hosts import timm_data_config
 from ib_explain.maps import in_bits
-from ib_explain.modules import unwrap
 from ib_explain.texts import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["colour_range", "contact_sheet", "denormalize", "overlay", "visualize"]
+__all__ = ["contact_sheet", "denormalize", "overlay", "visualize"]
 
 Maps = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
-Channels = float | Sequence[float] | Tensor | None
 
-_PERCENTILE = 99.5  # of the non-zero values: one hot pixel does not darken all others
-_LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 _CELL = 1.75  # inches, the longer side of a picture
 _GAP, _MARGIN, _TITLE, _NOTE, _ROW_TITLE = 0.06, 0.05, 0.21, 0.17, 0.2  # inches
+MINUS = "\N{MINUS SIGN}"
 _BAR, _BAR_BELOW, _BAR_WIDEST = 0.08, 0.36, 2 * _CELL  # inches: height, room for ticks and unit, greatest length
 
 
@@ -106,16 +103,15 @@ def visualize(
 
     for row in range(batch):
         rows = slice(row, row + 1) if scale == "row" else slice(None)
-        scales = {name: _Scale.of([c.values[rows] for c in columns if c.unit == name], name) for name in units}
+        scales = {name: Scale.of([c.values[rows] for c in columns if c.unit == name], name) for name in units}
         y0 = top + row * step
         picture_axes = _show(box(left, y0, cell_w, cell_h), pictures[row])
         if row_titles:
             picture_axes.set_ylabel(_cut(row_titles[row], int(cell_h * 18)), fontsize=8, labelpad=3, parse_math=False)
         for number, column in enumerate(columns, start=1):
             x0 = left + number * (cell_w + _GAP)
-            drawn = overlay(
-                pictures[row], column.values[row], limit=scales[column.unit].limit, signed=scales[column.unit].signed
-            )
+            own = scales[column.unit]
+            drawn = overlay(pictures[row], column.values[row], limit=own.limit, signed=own.signed)
             axes = _show(box(x0, y0, cell_w, cell_h), drawn)
             axes.set_xlabel(_note(column.values[row], column.unit), fontsize=7, labelpad=2, color="0.25")
             if row == 0 and named:
@@ -130,7 +126,7 @@ def visualize(
                 run_w = count * (cell_w + _GAP) - _GAP
                 bar_w = min(run_w * 0.94, _BAR_WIDEST)
                 x0 = left + first * (cell_w + _GAP) + (run_w - bar_w) / 2
-                _draw_bar(box(x0, y0 + cell_h + _NOTE, bar_w, _BAR), scales[name])
+                draw_bar(box(x0, y0 + cell_h + _NOTE, bar_w, _BAR), scales[name])
                 first += count
     return figure
 
@@ -176,13 +172,9 @@ def contact_sheet(
     batch, _, height, width = pictures.shape
     heat = check_maps(maps, size=(height, width), batch=batch).cpu()
     captions = _checked_titles(titles, batch)
-    ratio = min(1.0, thumbnail / max(height, width))
-    size = (max(1, round(height * ratio)), max(1, round(width * ratio)))
-    if ratio < 1:
-        pictures = F.interpolate(pictures, size=size, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
-        heat = F.interpolate(heat[:, None], size=size, mode="area")[:, 0]  # means: the scale stays per input pixel
-    values = heat.numpy()
-    common = _Scale.of([values], unit)
+    pictures, heat = reduced(pictures, heat, thumbnail)
+    size, values = tuple(pictures.shape[2:]), heat.numpy()
+    common = Scale.of([values], unit)
 
     columns = min(columns, batch)
     gap, head, bar_room, dpi = 8, 14 if captions else 0, 52, 100
@@ -206,76 +198,11 @@ def contact_sheet(
     bar_w = min(page_w - 6 * gap, 360)
     bar_y = page_h - bar_room + 6
     box = ((page_w - bar_w) / 2 / page_w, 1 - (bar_y + 9) / page_h, bar_w / page_w, 9 / page_h)
-    _draw_bar(figure.add_axes(box), common)
+    draw_bar(figure.add_axes(box), common)
 
     with replace_file(target) as file:
         figure.savefig(file, format="png", pil_kwargs={"optimize": True})
     return target
-
-
-def overlay(
-    image: Tensor | np.ndarray, heat: Tensor | np.ndarray, *, limit: float | None = None, signed: bool | None = None
-) -> np.ndarray:
-    """Colour one map and lay it over its picture.
-
-    Args:
-        image: (3, H, W) or (1, H, W) tensor, or (H, W, 3) array, in [0, 1], as `denormalize` gives them.
-        heat: (H, W) or (1, H, W), any unit.
-        limit: value at which colour and opacity end; `None` for the largest magnitude in `heat`.
-        signed: `True` for colours symmetric about 0 (red for, blue against); `None` lets the data decide.
-
-    Returns:
-        (H, W, 3) uint8. Where `heat` is 0, the picture's luminance: what is coloured is the map.
-
-    Raises:
-        ValueError: shapes that do not fit, values outside [0, 1] in the picture, NaN in the map, a limit <= 0.
-    """
-    picture = image.detach().cpu().float().numpy().transpose(1, 2, 0) if isinstance(image, Tensor) else image
-    values = np.asarray(heat.detach().cpu().float() if isinstance(heat, Tensor) else heat, np.float32)
-    values = values[0] if values.ndim == 3 and values.shape[0] == 1 else values
-    if picture.ndim != 3 or picture.shape[2] not in (1, 3) or picture.shape[:2] != values.shape:
-        raise ValueError(
-            f"image and heat must be (3, H, W) and (H, W) of one size, got {tuple(image.shape)} and {tuple(heat.shape)}"
-        )
-    if not (picture.min() >= 0 and picture.max() <= 1):
-        raise ValueError(f"image must lie in [0, 1], got [{picture.min():.3g}, {picture.max():.3g}]; see denormalize")
-    if not np.isfinite(values).all():
-        raise ValueError("heat must be finite, got NaN or infinite values")
-    if limit is not None and not limit > 0:
-        raise ValueError(f"limit must be above 0, got {limit}")
-    signed = bool((values < 0).any()) if signed is None else signed
-    limit = limit or float(np.abs(values).max()) or 1.0
-    coloured = _rgba(np.clip(values / limit, -1, 1), signed)
-    grey = (picture @ _LUMINANCE if picture.shape[2] == 3 else picture[..., 0])[..., None]
-    mixed = grey + (coloured[..., :3] - grey) * coloured[..., 3:]
-    return (mixed * 255).round().astype(np.uint8)
-
-
-def denormalize(x: Tensor, *, model: nn.Module | None = None, mean: Channels = None, std: Channels = None) -> Tensor:
-    """Return the pictures behind normalised images: (B, 3, H, W) float32 in [0, 1] on the CPU, clipped to that range.
-
-    Mean and std are those given, else those in the model's timm configuration; with neither, `x` must lie in [0, 1].
-
-    Raises:
-        TypeError, ValueError: no batch of images with 1 or 3 channels; one of mean and std alone, or of another length;
-            neither they nor a model that carries them, for values outside [0, 1].
-    """
-    images = check_images(x.clone() if isinstance(x, Tensor) and x.is_inference() else x).detach().float().cpu()
-    channels = images.shape[1]
-    if channels not in (1, 3):
-        raise ValueError(f"x must have 1 or 3 channels to be drawn, got {channels} (shape {tuple(x.shape)})")
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean and std go together, got only {'std' if mean is None else 'mean'}")
-    if mean is None and model is not None:
-        mean, std = _configured(model)
-    if mean is not None:
-        images = images * _per_channel(std, "std", channels) + _per_channel(mean, "mean", channels)
-    elif images.min() < 0 or images.max() > 1:
-        raise ValueError(
-            f"x lies in [{images.min():.3g}, {images.max():.3g}], so it is normalised; "
-            "pass model= (a timm model) or mean= and std= to undo that"
-        )
-    return images.clamp(0, 1).expand(-1, 3, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -283,31 +210,6 @@ class _Column:
     name: str
     unit: str
     values: np.ndarray  # (B, H, W)
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """What a colour means: values from 0, or from -limit, to limit."""
-
-    unit: str
-    limit: float
-    signed: bool
-    above: bool  # some values lie above the limit
-    below: bool  # some lie below -limit
-    empty: bool  # all are zero: there is no scale
-
-    @classmethod
-    def of(cls, values: Sequence[np.ndarray], unit: str) -> _Scale:
-        limit, signed = colour_range(values)
-        low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
-        return cls(unit, limit, signed, above=high > limit, below=low < -limit, empty=low == high == 0)
-
-
-def colour_range(values: Sequence[np.ndarray]) -> tuple[float, bool]:
-    """Where colours end for maps that share a scale, 1 if all are zero; and whether they have two signs."""
-    pooled = np.concatenate([v.ravel() for v in values])
-    magnitude = np.abs(pooled[pooled != 0])
-    return float(np.percentile(magnitude, _PERCENTILE)) if magnitude.size else 1.0, bool(pooled.min() < 0)
 
 
 def _columns(maps: Any, unit: Any, batch: int, size: tuple[int, int]) -> list[_Column]:
@@ -361,89 +263,12 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: max(1, width - 1)].rstrip() + "…"
 
 
-def _configured(model: nn.Module) -> tuple[Channels, Channels]:
-    """Mean and std of a timm model; timm would answer with ImageNet's for any other, so those are refused."""
-    config = timm_data_config(model)
-    if config is None:
-        name = type(unwrap(model)).__name__
-        raise ValueError(f"{name} carries no timm configuration (pretrained_cfg); pass mean= and std=")
-    return config["mean"], config["std"]
-
-
-def _per_channel(values: Channels, name: str, channels: int) -> Tensor:
-    numbers = torch.as_tensor(values, dtype=torch.float32, device="cpu").flatten()
-    if channels == 1:
-        numbers = numbers.mean(0, keepdim=True)  # timm keeps three of a model that was made for grey images
-    if len(numbers) not in (1, channels):
-        raise ValueError(f"{name} must be one number or one for each of the {channels} channels, got {len(numbers)}")
-    if name == "std" and not (numbers > 0).all():
-        raise ValueError(f"std must be above 0, got {numbers.tolist()}")
-    return numbers.view(1, -1, 1, 1)
-
-
-def _rgba(values: np.ndarray, signed: bool) -> np.ndarray:
-    """Colours (..., 4) of values in [-1, 1]: inferno without its black end, or blue to red; opaque towards the ends."""
-    from matplotlib import colormaps
-
-    strength = np.abs(values)
-    if signed:
-        coloured = colormaps["RdBu_r"](0.5 + 0.5 * np.sign(values) * (0.35 + 0.55 * strength))
-    else:
-        coloured = colormaps["inferno"](0.25 + 0.7 * np.clip(values, 0, 1))
-    # Faster than linear at first: weak evidence is still seen, and 0 is still the picture.
-    coloured[..., 3] = 0.85 * strength**0.6
-    return coloured
-
-
-def _draw_bar(axes: Axes, scale: _Scale) -> None:
-    """A horizontal colour bar on white, as opaque as the maps, with an arrow where values lie beyond."""
-    from matplotlib.ticker import MaxNLocator, ScalarFormatter
-
-    low = -1.0 if scale.signed else 0.0
-    ramp = _rgba(np.linspace(low, 1, 256), scale.signed)
-    coloured = 1 + (ramp[None, :, :3] - 1) * ramp[None, :, 3:]
-    unit = f"{scale.unit} per pixel" if in_bits(scale.unit) else scale.unit
-    axes.tick_params(labelsize=7, length=2, width=0.5, pad=1.5)
-    for spine in axes.spines.values():
-        spine.set_linewidth(0.5)
-    axes.set_yticks([])
-    if scale.empty:
-        axes.set_xlim(0, 1)
-        axes.set_xticks([0])
-        axes.set_xlabel(f"{unit} (all zero)", fontsize=7.5, labelpad=1)
-        return
-    axes.imshow(coloured, aspect="auto", extent=(low * scale.limit, scale.limit, 0, 1))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10], symmetric=scale.signed))
-    axes.set_xlim(low * scale.limit, scale.limit)
-    # Maps in bits per pixel are small numbers: a power of ten in the label reads better than 0.0025.
-    power = math.floor(math.log10(scale.limit))
-    power = 0 if -2 <= power <= 3 else power
-    formatter = ScalarFormatter(useOffset=False)
-    formatter.set_scientific(False)
-    axes.xaxis.set_major_formatter(formatter if power == 0 else lambda value, _: f"{value / 10.0**power:g}")
-    factor = "" if power == 0 else rf"$10^{{{power}}}$ "
-    label = f"{factor}{unit}, {'signed' if scale.signed else 'non-negative'}"
-    # A label may be as long as its bar: bars stand side by side. A letter is about .55 of the font size wide.
-    room = 72 * float(axes.figure.get_window_extent().width) / axes.figure.dpi * axes.get_position().width
-    axes.set_xlabel(label, fontsize=min(7.5, room / (0.55 * len(label))), labelpad=1)
-    for beyond, x, direction, colour in (
-        (scale.above, 1.0, 1, coloured[0, -1]),
-        (scale.below, 0.0, -1, coloured[0, 0]),
-    ):
-        if beyond:
-            tip = [(x, 0), (x + direction * 0.03, 0.5), (x, 1)]
-            axes.fill(*zip(*tip, strict=True), transform=axes.transAxes, color=colour, clip_on=False, lw=0)
-
-
 def _show(axes: Axes, picture: np.ndarray) -> Axes:
     axes.imshow(picture, interpolation="nearest", aspect="auto")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     return axes
-
-
-MINUS = "\N{MINUS SIGN}"
 
 
 def _note(values: np.ndarray, unit: str) -> str:

@@ -1,4 +1,4 @@
-"""A host's preprocessing at test time, and where it puts the points, boxes and densities of a picture."""
+"""A host's preprocessing at test time, where it puts points, boxes and densities of a picture, and the way back."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ib_explain.checks import check_positive_int
+from ib_explain.checks import check_images, check_positive_int
 from ib_explain.hosts import timm_data_config
 from ib_explain.modules import unwrap
 
-__all__ = ["CropMode", "Placement", "Preprocess", "preprocess"]
+__all__ = ["Channels", "CropMode", "Placement", "Preprocess", "denormalize", "preprocess"]
 
+Channels = float | Sequence[float] | Tensor | None
+"""Of a mean or a standard deviation: one number or one a channel."""
 CropMode = Literal["center", "squash", "border"]
 
 
@@ -187,6 +189,33 @@ def preprocess(
     return result
 
 
+def denormalize(x: Tensor, *, model: nn.Module | None = None, mean: Channels = None, std: Channels = None) -> Tensor:
+    """Return the pictures behind normalised images: (B, 3, H, W) float32 in [0, 1] on the CPU, clipped to that range.
+
+    Mean and std are those given, else those in the model's timm configuration; with neither, `x` must lie in [0, 1].
+
+    Raises:
+        TypeError, ValueError: no batch of images with 1 or 3 channels; one of mean and std alone, or of another length;
+            neither they nor a model that carries them, for values outside [0, 1].
+    """
+    images = check_images(x.clone() if isinstance(x, Tensor) and x.is_inference() else x).detach().float().cpu()
+    channels = images.shape[1]
+    if channels not in (1, 3):
+        raise ValueError(f"x must have 1 or 3 channels to be drawn, got {channels} (shape {tuple(x.shape)})")
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std go together, got only {'std' if mean is None else 'mean'}")
+    if mean is None and model is not None:
+        mean, std = _configured(model)
+    if mean is not None:
+        images = images * _per_channel(std, "std", channels) + _per_channel(mean, "mean", channels)
+    elif images.min() < 0 or images.max() > 1:
+        raise ValueError(
+            f"x lies in [{images.min():.3g}, {images.max():.3g}], so it is normalised; "
+            "pass model= (a timm model) or mean= and std= to undo that"
+        )
+    return images.clamp(0, 1).expand(-1, 3, -1, -1)
+
+
 def _channels(given: float | Sequence[float]) -> tuple[float, ...]:
     return (float(given),) * 3 if isinstance(given, int | float) else tuple(float(value) for value in given)
 
@@ -194,3 +223,23 @@ def _channels(given: float | Sequence[float]) -> tuple[float, ...]:
 def _offset(there: int, window: int) -> int:
     """First row or column of a central window, rounded as torchvision does; negative for padding."""
     return -((window - there) // 2) if window > there else round((there - window) / 2)
+
+
+def _configured(model: nn.Module) -> tuple[Channels, Channels]:
+    """Mean and std of a timm model; timm would answer with ImageNet's for any other, so those are refused."""
+    config = timm_data_config(model)
+    if config is None:
+        name = type(unwrap(model)).__name__
+        raise ValueError(f"{name} carries no timm configuration (pretrained_cfg); pass mean= and std=")
+    return config["mean"], config["std"]
+
+
+def _per_channel(values: Channels, name: str, channels: int) -> Tensor:
+    numbers = torch.as_tensor(values, dtype=torch.float32, device="cpu").flatten()
+    if channels == 1:
+        numbers = numbers.mean(0, keepdim=True)  # timm keeps three of a model that was made for grey images
+    if len(numbers) not in (1, channels):
+        raise ValueError(f"{name} must be one number or one for each of the {channels} channels, got {len(numbers)}")
+    if name == "std" and not (numbers > 0).all():
+        raise ValueError(f"std must be above 0, got {numbers.tolist()}")
+    return numbers.view(1, -1, 1, 1)
