@@ -90,7 +90,7 @@ def attribute(
 
 
 def _rows(name: str, option: Any, x: Tensor, rows: slice) -> Any:
-    """What belongs to these images of an option of Captum's that holds one row for each of all images."""
+    """What belongs to these images of a Captum option that holds one row for each of all images."""
     if name == "additional_forward_args":
         return map_tensors(option, lambda t: t[rows] if t.ndim > 0 and len(t) == len(x) else t)
     if name in ("baselines", "feature_mask"):

@@ -161,7 +161,7 @@ def take_options(options: Mapping[str, Any], known: Iterable[str], owner: str) -
 
 
 def warn_user(text: str) -> None:
-    """Warn at the line of the user's that led here: the first one outside of this package."""
+    """Warn at the user's line that led here: the first one outside of this package."""
     package, level, frame = str(Path(__file__).parent), 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
         level, frame = level + 1, frame.f_back

@@ -239,7 +239,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data", type=Path, metavar="ROOT", help="folder of class folders, of images, or a tar file")
     group.add_argument("--split", metavar="NAME", help='folder or tar file in ROOT, such as "train" or "val"')
-    group.add_argument("--dataset", default="", metavar="NAME", help='data by timm\'s name, such as "hfds/..."')
+    named = 'data by timm\'s name, such as "hfds/..."; without --split its training images for fit, else for validation'
+    group.add_argument("--dataset", default="", metavar="NAME", help=named)
     several = "processes that read images (default: 2, on one processor 1)"
     group.add_argument("--workers", type=_natural, default=min(2, _processors()), metavar="N", help=several)
 

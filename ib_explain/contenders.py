@@ -54,7 +54,7 @@ class Contender:
     ) -> Tensor:
         """Maps (B, 1, H, W) float32 of these classes (B,), `batch_size` images at a time.
 
-        Random numbers that a function of the user's draws from the global generators follow from the seed, too.
+        Random numbers that a user's function draws from the global generators follow from the seed, too.
 
         Raises:
             NotApplicable: the method says so, or belongs to another host.

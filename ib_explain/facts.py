@@ -1,6 +1,6 @@
 """What was found out about a host, remembered as long as the host stays as it is.
 
-Hooks of the user's are no part of that: most only look on, and finding everything out again for each would cost a
+User hooks are no part of that: most only look on, and finding everything out again for each would cost a
 hundred passes.
 """
 

@@ -50,7 +50,7 @@ def launched(device: torch.device) -> Iterator[Accelerator]:
     """This process among all of a launch; alone without `accelerate launch` or `torchrun`.
 
     accelerate keeps one state for the whole process: what was not there before is not left behind, or a later
-    `Accelerator(mixed_precision=...)` of the user's would be refused.
+    `Accelerator(mixed_precision=...)` by the user would be refused.
     """
     theirs, processes = bool(AcceleratorState._shared_state), bool(PartialState._shared_state)
     # A slow method's batch may take longer than the ten minutes after which NCCL gives up on a process that waits.

@@ -1,4 +1,4 @@
-"""Runs code of the user's on the host itself: puts its buffers back, and raises where its weights were changed."""
+"""Runs user code on the host itself: puts its buffers back, and raises where its weights were changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["HostChanged", "is_ours", "unharmed"]
 
 
 class HostChanged(RuntimeError):
-    """Code of the user's left the host with other weights."""
+    """User code left the host with other weights."""
 
 
 @contextlib.contextmanager

@@ -123,7 +123,10 @@ def registered(*registrations: Callable[[], RemovableHandle]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def users_hooks_silent(module: nn.Module, when: Callable[[], bool]) -> Iterator[None]:
-    """While inside, the user's hooks on this module do nothing `when` told so: its output has been through them."""
+    """While inside, the user's hooks on this module do nothing as long as `when()` is true.
+
+    A replaced output comes from a pass that they have seen already; they would see, or change, it twice.
+    """
 
     def silenced(hook: Callable[..., Any]) -> Callable[..., Any]:
         return on_own_level(lambda *args, **kwargs: None if when() else hook(*args, **kwargs), hook)

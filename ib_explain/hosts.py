@@ -203,7 +203,7 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
     except SafetensorError as error:
         raise ValueError(f"cannot read checkpoint {path}: {_first_line(error)}") from None
     except Exception:  # unpickling what is no pickle raises anything, and torch's own words advise to load unsafely
-        told = "it is neither safetensors nor a state dict of torch's"
+        told = "it is neither safetensors nor a torch state dict"
         raise ValueError(f"cannot read checkpoint {path}: {told}") from None
     if not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"checkpoint {path} must hold named tensors, the state dict of a model")

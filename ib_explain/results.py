@@ -276,8 +276,9 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         known = run["format"]
-        if known == FORMAT:
-            run["settings"], run["info"], run["resumed"]
+        missing = [key for key in ("settings", "info", "resumed") if known == FORMAT and key not in run]
+        if missing:
+            raise KeyError(*missing)
     except ValueError as error:
         told = f"it cannot be read ({type(error).__name__}); delete it to begin again"
         raise ValueError(f"{path} is not a run of ib_explain: {told}") from error

@@ -72,7 +72,7 @@ def runner_of(method: Any, options: Mapping[str, Any], model: nn.Module) -> Runn
 
     Raises:
         TypeError: something else, or an option that the method does not have.
-        ValueError: an unknown name, an option's value, an `IBAttention` or an object of Captum's for another model.
+        ValueError: an unknown name, an option's value, an `IBAttention` or a Captum object for another model.
     """
     if isinstance(method, str):
         entry = METHODS.get(method)

@@ -220,7 +220,9 @@ def summarise(
     for k, facts in enumerate(metrics):
         better, column = facts.higher_is_better, values[:, :, k]
         known = np.isfinite(column)
-        if (known | ~known.any(axis=0) == known.any(axis=1)[:, None]).all():  # on the same images for all that have any
+        # Whether all methods that have any value have it on the same images: then means can be compared as they are.
+        same_images = ((known | ~known.any(axis=0)) == known.any(axis=1)[:, None]).all()
+        if same_images:
             ranks[:, k] = average_ranks(mean_without_nan(np.where(known, column, np.nan)), higher_is_better=better)
             rank_samples[:, :, k] = average_ranks(parts[0][:, :, k], higher_is_better=better)
         else:

@@ -62,7 +62,7 @@ def survey(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -
 
         return module.register_forward_hook(on_own_level(hook))
 
-    # TorchScript takes no hooks of Python's.
+    # TorchScript takes no Python hooks.
     layers = [(n, m) for n, m in host.named_modules() if n and not isinstance(m, torch.jit.ScriptModule)]
     with frozen(host), torch.enable_grad():
         x = probe_batch(host, 2, size).requires_grad_()

@@ -48,7 +48,7 @@ class TailRecorder:
                 full = f"{ancestor}.{child_name}" if ancestor else child_name
                 if full == self.name:
                     hooks.append((child, on_own_level(self._arrive)))
-                # TorchScript takes no hooks of Python's; such a child runs again.
+                # TorchScript takes no Python hooks; such a child runs again.
                 elif full not in self._ancestors and not isinstance(child, torch.jit.ScriptModule):
                     hooks.append((child, on_own_level(self._note(full))))
         self._registered.enter_context(registered(*(partial(m.register_forward_hook, h) for m, h in hooks)))

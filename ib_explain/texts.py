@@ -1,4 +1,4 @@
-"""Texts of the user's made fit for one line of a file, of a table or of a picture."""
+"""User texts made fit for one line of a file, of a table or of a picture."""
 
 from __future__ import annotations
 

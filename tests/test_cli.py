@@ -152,7 +152,7 @@ def test_a_checkpoint_that_does_not_fit_says_what_was_expected_and_what_came(wei
     ):
         (tmp_path / name).write_bytes(content)
         line = fails(capsys, "layers", *MODEL, "--checkpoint", tmp_path / name)
-        assert line.endswith(f"{name}: it is neither safetensors nor a state dict of torch's")
+        assert line.endswith(f"{name}: it is neither safetensors nor a torch state dict")
     torch.save({"state_dict": {"epoch": 3}}, tmp_path / "other.pt")
     assert "must hold named tensors" in fails(capsys, "layers", *MODEL, "--checkpoint", tmp_path / "other.pt")
 
@@ -431,6 +431,19 @@ def test_a_data_set_that_timm_cannot_open_is_one_line(host, tmp_path, capsys):
     for name in ("torch/cifar10", "nope/xx"):
         words = ["attribute", *host, "--dataset", name, "--out", tmp_path / "maps"]
         assert f"timm cannot open the data set '{name}'; does it need a root?" in fails(capsys, *words)
+
+
+def test_a_fit_takes_the_training_images_of_a_named_data_set(host, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def create(name, root, split):
+        asked.append(split)
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("timm.data.create_dataset", create)
+    for words in (["fit"], ["fit", "--split", "part"], ["attribute"]):
+        fails(capsys, words[0], *host, "--dataset", "hfds/some/pictures", *words[1:], "--out", tmp_path / "out")
+    assert asked == ["train", "part", "validation"]
 
 
 def test_a_model_from_a_local_folder_comes_with_its_weights(tmp_path):

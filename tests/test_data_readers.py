@@ -97,7 +97,7 @@ def test_arguments_go_before_the_config():
 
 
 def test_nothing_is_guessed_for_other_hosts():
-    with pytest.raises(ValueError, match=r"Identity carries no preprocessing of timm's .*; give size, mean, std"):
+    with pytest.raises(ValueError, match=r"Identity carries no timm preprocessing .*; give size, mean, std"):
         preprocess(host())
     with pytest.raises(ValueError, match="; give std"):
         preprocess(host(), size=32, mean=(0, 0, 0))

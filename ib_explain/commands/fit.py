@@ -43,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
     host, size = load_with_size(args)
     options = {name: getattr(args, name) for name in ("gate", "reads", "anchors", "relevance", "seed")}
     ib = IBAttention(host, args.layer, **options)
-    data = open_dataset(args.data, args.split, preprocess_for(host, size), name=args.dataset)
+    split = args.split or (
+        "train" if args.dataset else None
+    )  # a named data set without one gives its validation images
+    data = open_dataset(args.data, split, preprocess_for(host, size), name=args.dataset)
     classes = class_folders(data)
     sized = not isinstance(data, IterableDataset)
     readable = ReadableImages(data) if isinstance(data, ImageFiles | LabelledImages) else None

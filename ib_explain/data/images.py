@@ -88,7 +88,7 @@ class ImageFiles(Dataset[Any]):
 
 
 class LabelledImages(Dataset[Any]):
-    """What a reader of timm's finds; items are (transformed picture, label), label -1 where there is none.
+    """What a timm reader finds; items are (transformed picture, label), label -1 where there is none.
 
     timm's own `ImageDataset` puts the next picture in the place of one that it cannot read, which would score the wrong
     picture under this one's name; here that is an error. Pictures stay as they are stored (no EXIF turn), as in timm's
@@ -130,7 +130,7 @@ def open_dataset(
             find "val"). None reads `root` itself.
         transform: from picture to input, `preprocess(model)`; None gives the pictures.
         name: a data set by timm's name with its prefix ("hfds/...", "wds/...", "torch/cifar10"), for which `root` and
-            `split` are what timm takes them for.
+            `split` are what timm takes them for; a split of None is its "validation".
 
     Returns:
         `LabelledImages` for folders, tar files and Hugging Face data sets, else what timm returns.

@@ -171,7 +171,7 @@ def preprocess(
     missing = [key for key in ("size", "mean", "std") if key not in config]
     if missing:
         name = type(unwrap(model)).__name__
-        raise ValueError(f"{name} carries no preprocessing of timm's (pretrained_cfg); give {', '.join(missing)}")
+        raise ValueError(f"{name} carries no timm preprocessing (pretrained_cfg); give {', '.join(missing)}")
     result = Preprocess(
         size=(check_positive_int(config["size"][0], "size"), check_positive_int(config["size"][1], "size")),
         mean=_channels(config["mean"]),

@@ -35,7 +35,7 @@ class Call:
         layer: as the user gave it, or None for the method's own default.
         seed: of everything random.
         batch_size: rows in one forward pass at most; None leaves it to the method. Never changes the result.
-        args: further arguments of the host's forward, where an object of Captum's was given them.
+        args: further arguments of the host's forward, where a Captum object was given them.
     """
 
     model: nn.Module

@@ -235,7 +235,7 @@ class LRP:
         if call.x.dtype == torch.float16:
             raise NotApplicable("LRP's epsilon, 1e-9, is zero in float16; explain a float32 copy of the model")
         classes = call.classes()
-        # Captum's LRP writes weights and puts them back: into a copy, since a graph of the user's may hold the host's.
+        # Captum's LRP writes weights and puts them back: into a copy, since a graph of the user may hold the host's.
         twin, calls = copy.deepcopy((call.model, structure.calls))
         with for_captum(twin, calls) as host:
             peer = Peer(host)

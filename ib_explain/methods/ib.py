@@ -24,7 +24,7 @@ class PerImageIB:
 
     Attributes:
         steps, lr, beta, copies: see `PerImageSettings`.
-        gate: "gaussian" or "noise".
+        gate: "gaussian" or "noise"; "residual" measures no bits and takes output="attention".
         reference: images (N, 3, H, W) for the features' statistics; best a few dozen training images. By default
             smooth noise: never the explained images, or their mean would leak past the bottleneck.
         output: "bits" or "attention".
