@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Names of one `kind` of thing.
+    """Names of one `kind` of thing, in the order of their `rank` and, of one rank, as they were registered.
 
     >>> GATES: Registry[type] = Registry("gate")
     >>> @GATES.register("identity")
@@ -22,8 +22,8 @@ class Registry(Generic[T]):
     (['identity'], True)
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, *, rank: Callable[[T], int] = lambda entry: 0) -> None:
+        self.kind, self.rank = kind, rank
         self._entries: dict[str, T] = {}
         self._sources: dict[str, str] = {}
 
@@ -49,6 +49,7 @@ class Registry(Generic[T]):
             if name in self._entries and not again:
                 raise ValueError(f"{self.kind} {name!r} is already registered, to {self._sources[name]}")
             self._entries[name], self._sources[name] = entry, source
+            self._entries = dict(sorted(self._entries.items(), key=lambda item: self.rank(item[1])))
             return entry
 
         return file

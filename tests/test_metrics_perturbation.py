@@ -358,6 +358,11 @@ def test_constant_maps_are_valid_and_wholly_tied(net, batch):
 # The registry.
 
 
+def test_metrics_are_listed_by_family_in_whatever_order_their_files_are_read():
+    families = [METRICS.get(name).family for name in METRICS]
+    assert families == sorted(families, key=FAMILIES.index) and set(families) == set(FAMILIES)
+
+
 def test_a_case_asks_only_once(batch):
     x, maps = batch
     model = Weighted(torch.randn(24, 24) / 100)

@@ -146,7 +146,7 @@ class Metric:
         return self.score(case)
 
 
-METRICS: Registry[Metric] = Registry("metric")
+METRICS: Registry[Metric] = Registry("metric", rank=lambda metric: FAMILIES.index(metric.family))
 
 
 def register_metric(
