@@ -20,6 +20,7 @@ from ib_explain.metrics import (
     register_metric,
     sensitivity_n,
 )
+from ib_explain.metrics.base import FAMILIES
 
 
 class Weighted(nn.Module):
