@@ -74,7 +74,7 @@ class CleanPass:
         blocked = self._run(self._full(name), closed)
         skippable = self._agrees(short, closed, blocked)
         tail = short if skippable else self._full(name)
-        reached, pooled = self._reading(name, layout, tail)
+        reached, pooled = self._reached_and_pooled(name, layout, tail)
         return CutFigures(self._share(blocked), self.effect(name, layout, tail), reached, pooled, skippable)
 
     def _held(self, name: str, layout: Layout) -> list[Tensor]:
@@ -127,7 +127,7 @@ class CleanPass:
             return False  # the host reads what was skipped: its whole forward has to run each time
         return torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max().clamp_min(1e-6)))
 
-    def _reading(self, name: str, layout: Layout, tail: Tail) -> tuple[float, bool]:
+    def _reached_and_pooled(self, name: str, layout: Layout, tail: Tail) -> tuple[float, bool]:
         """Share of the grid's positions that the logits' gradient reaches, and whether these are only averaged."""
         features = layout.to_grid(self.outputs[name]).detach()
         gradient = self._gradient(name, layout, tail, features)

@@ -471,7 +471,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             place = find_place(host, self.layer_name, (channels, height, width), read=False)
             self._check_place(place)
             try:
-                place = self._settle(place.reading(config))
+                place = self._settle(place.as_stored(config))
                 self._bottleneck = self._empty(tensors, place).to(host_device(host)).requires_grad_(False)
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 told = " ".join(str(error).split())

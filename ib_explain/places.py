@@ -71,7 +71,7 @@ class Place:
             "deeper": [[name, asdict(layout)] for name, layout in self.deeper],
         }
 
-    def reading(self, stored: dict[str, Any]) -> Place:
+    def as_stored(self, stored: dict[str, Any]) -> Place:
         """This place, reading the deeper layers of a config file.
 
         Raises:

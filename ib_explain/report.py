@@ -25,8 +25,8 @@ from ib_explain.tables import (
     Notes,
     Shown,
     counted,
+    legend,
     number_format,
-    reading,
     shown_difference,
     shown_mean_rank,
     shown_rank,
@@ -85,7 +85,7 @@ def report_html(
     sections = [
         ("measured", "What was measured", _measured(summary, run)),
         ("leaderboard", "Leaderboard", _leaderboard(summary, notes)),
-        ("reading", "How to read it", _reading(summary)),
+        ("reading", "How to read it", _how_to_read(summary)),
         ("differences", f"Against {summary.reference}", _differences(summary, notes)),
         ("ranks", "Ranks", _plots(rank_plots) + _ranks(summary)),
         ("curves", "Curves", _plots(curve_plots)),
@@ -193,11 +193,11 @@ def _leaderboard(summary: Summary, notes: Notes) -> str:
             cells.append(cell(shown, summary.cells[method, facts.name], place))
         body.append((method, cells))
     footnotes = "".join(f'<li id="note-{number}">{escape(text)}</li>' for number, text in enumerate(notes.texts, 1))
-    below = f'<p class="note">The best of a column is in bold. {escape(reading(summary))}</p>'
+    below = f'<p class="note">The best of a column is in bold. {escape(legend(summary))}</p>'
     return grid("Leaderboard", columns, body) + below + (f'<ol class="notes">{footnotes}</ol>\n' if footnotes else "")
 
 
-def _reading(summary: Summary) -> str:
+def _how_to_read(summary: Summary) -> str:
     entries = "".join(
         f'<dt>{escape(facts.name)} <span class="meta">{facts.arrow} {_better(facts)} is better · {escape(facts.unit)} '
         f"· {escape(facts.family)}</span></dt><dd>{escape(facts.protocol)}</dd>"

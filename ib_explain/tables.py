@@ -16,7 +16,7 @@ import numpy as np
 from ib_explain.summary import Cell, Interval, MetricFacts, Summary
 
 __all__ = ["ABSENT", "Notes", "Shown", "counted", "csv_table", "json_summary", "markdown_tables", "number_format"]
-__all__ += ["reading", "shown_difference", "shown_mean_rank", "shown_rank", "shown_score", "text_table", "verdict"]
+__all__ += ["legend", "shown_difference", "shown_mean_rank", "shown_rank", "shown_score", "text_table", "verdict"]
 
 ABSENT = {"not_applicable": "n/a", "failed": "failed", "undefined": "undefined", "missing": "–"}
 """What stands in a cell without a number."""
@@ -180,7 +180,7 @@ def text_table(summary: Summary, *, width: int | None = None) -> str:
         blocks[-1] = [f"{left}   {right}" for left, right in zip(blocks[-1], column, strict=True)]
     text = "\n\n".join("\n".join([*_strip(block[:2]), "-" * len(block[0]), *_strip(block[2:])]) for block in blocks)
     footnotes = [f"[{number}] {note}" for number, note in enumerate(notes.texts, 1)]
-    below = ["* best of its column. " + reading(summary), *footnotes]
+    below = ["* best of its column. " + legend(summary), *footnotes]
     return "\n".join(
         [text, "", *(line for note in below for line in textwrap.wrap(note, width, subsequent_indent="    "))]
     )
@@ -195,7 +195,7 @@ def markdown_tables(summary: Summary) -> str:
         [_markdown(shown_mean_rank(summary, m)), *(_markdown(shown_score(summary, notes, m, k)) for k in metrics)]
         for m in summary.methods
     ]
-    parts = ["## Scores", _markdown_table(["mean rank ↓", *noted], summary.methods, rows), reading(summary)]
+    parts = ["## Scores", _markdown_table(["mean rank ↓", *noted], summary.methods, rows), legend(summary)]
     parts += ["\n".join(f"{number}. {_escape(text)}" for number, text in enumerate(notes.texts, 1))] * bool(notes.texts)
     if summary.reference is not None:
         rows = [[_markdown(shown_difference(summary, notes, m, k)) for k in metrics] for m in summary.methods]
@@ -242,7 +242,7 @@ def json_summary(summary: Summary) -> str:
     return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def reading(summary: Summary) -> str:
+def legend(summary: Summary) -> str:
     """What the numbers are and what the order is."""
     means = (
         f"Means over {counted(summary.images, 'image')} with {100 * summary.confidence:g} % bootstrap percentile "

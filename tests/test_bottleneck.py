@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ib_explain.bottleneck.anchors import Anchors
-from ib_explain.bottleneck.attention import AttentionNetwork, Reading, _gelu, class_evidence, unit_scale
+from ib_explain.bottleneck.attention import AttentionNetwork, NetworkInputs, _gelu, class_evidence, unit_scale
 from ib_explain.maps import spread
 
 
@@ -49,12 +49,12 @@ def reads(gradient, batch=3):
 
     deep = [random(6, 4, 4), random(10, 2, 2)]
     if gradient:
-        return Reading(random(5, 8, 8), deep, random(5, 8, 8), [random(6, 4, 4), random(10, 2, 2)], None)
-    return Reading(random(5, 8, 8), deep, None, [], random(7))
+        return NetworkInputs(random(5, 8, 8), deep, random(5, 8, 8), [random(6, 4, 4), random(10, 2, 2)], None)
+    return NetworkInputs(random(5, 8, 8), deep, None, [], random(7))
 
 
 def second_of(part):
-    """The second image's share of a field of a `Reading`."""
+    """The second image's share of a field of a `NetworkInputs`."""
     if part is None:
         return None
     return [p[1:2] for p in part] if isinstance(part, list) else part[1:2]
@@ -70,23 +70,21 @@ def test_attention_is_a_probability_and_its_deviation_positive(gradient):
 
 def test_the_scale_of_the_gradient_does_not_matter():
     network = AttentionNetwork(5, [6, 10], gradient=True, query_width=0)
-    reading = reads(True)
-    fainter = reading._replace(
-        gradient=reading.gradient * 1e-4, deep_gradients=[g * 1e-4 for g in reading.deep_gradients]
-    )
-    torch.testing.assert_close(network(reading)[0], network(fainter)[0], rtol=1e-4, atol=1e-5)
+    inputs = reads(True)
+    fainter = inputs._replace(gradient=inputs.gradient * 1e-4, deep_gradients=[g * 1e-4 for g in inputs.deep_gradients])
+    torch.testing.assert_close(network(inputs)[0], network(fainter)[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gradient", [True, False])
 def test_attention_depends_on_the_class_and_not_on_the_batch(gradient):
     network = AttentionNetwork(5, [6, 10], gradient=gradient, query_width=0 if gradient else 7)
     torch.nn.init.normal_(network.head.weight, std=1.0)
-    reading = reads(gradient)
-    whole = network(reading)[0]
-    second = Reading(*map(second_of, reading))
+    inputs = reads(gradient)
+    whole = network(inputs)[0]
+    second = NetworkInputs(*map(second_of, inputs))
     torch.testing.assert_close(whole[1:2], network(second)[0], rtol=1e-5, atol=1e-5)
     other_class = network(
-        reading._replace(gradient=-reading.gradient) if gradient else reading._replace(query=-reading.query)
+        inputs._replace(gradient=-inputs.gradient) if gradient else inputs._replace(query=-inputs.query)
     )
     assert (other_class[0] - whole).abs().max() > 1e-3
 

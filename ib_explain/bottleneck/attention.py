@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["AttentionNetwork", "Reading", "RelevanceNetwork", "class_evidence", "unit_scale"]
+__all__ = ["AttentionNetwork", "NetworkInputs", "RelevanceNetwork", "class_evidence", "unit_scale"]
 
 WIDTH = 64
 LEAST_GRADIENT = 1e-30
 START = 1.0  # logit of the attention before training: open at .73, so that the first predictions are nearly the host's
 
 
-class Reading(NamedTuple):
+class NetworkInputs(NamedTuple):
     """What the networks read of a clean pass, normalised. Either the gradients are there, or the query."""
 
     features: Tensor
@@ -59,9 +59,9 @@ class _GridNetwork(nn.Module):
         self.near = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, padding_mode="replicate")
         self.far = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, padding_mode="replicate")
 
-    def hidden(self, reading: Reading) -> Tensor:
+    def hidden(self, inputs: NetworkInputs) -> Tensor:
         """What a head turns into values, (B, WIDTH, h, w)."""
-        features, deep, gradient, deep_gradients, query = reading
+        features, deep, gradient, deep_gradients, query = inputs
         grid = features.shape[-2:]
         hidden = self.site(features)
         read = [conv(d) for conv, d in zip(self.deep, deep, strict=True)]
@@ -93,9 +93,9 @@ class AttentionNetwork(_GridNetwork):
         nn.init.normal_(self.head.weight, std=0.02)
         self.head.bias = nn.Parameter(torch.tensor([START, -3.0]))
 
-    def forward(self, reading: Reading) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: NetworkInputs) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of A, each (B, 1, h, w)."""
-        logit, spread = self.head(self.hidden(reading)).chunk(2, dim=1)
+        logit, spread = self.head(self.hidden(inputs)).chunk(2, dim=1)
         return logit.sigmoid(), F.softplus(spread)
 
 
@@ -107,9 +107,9 @@ class RelevanceNetwork(_GridNetwork):
         self.head = nn.Conv2d(WIDTH, 1, 1, bias=False)  # only differences between positions count
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, reading: Reading) -> Tensor:
+    def forward(self, inputs: NetworkInputs) -> Tensor:
         """(B, 1, h, w), of order 1."""
-        return self.head(self.hidden(reading))
+        return self.head(self.hidden(inputs))
 
 
 def unit_scale(values: Tensor) -> Tensor:

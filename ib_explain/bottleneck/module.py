@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ib_explain.bottleneck.anchors import Anchors
-from ib_explain.bottleneck.attention import AttentionNetwork, Reading, RelevanceNetwork
+from ib_explain.bottleneck.attention import AttentionNetwork, NetworkInputs, RelevanceNetwork
 from ib_explain.bottleneck.gates import GATES
 from ib_explain.bottleneck.information import MOST_ATTENTION, energy
 from ib_explain.layouts import Layout
@@ -165,15 +165,15 @@ class Bottleneck(nn.Module):
         shares = shares - shares.mean(dim=(2, 3), keepdim=True)
         return (total + shares * self.get_buffer("typical_bits")) / shares[0].numel()
 
-    def _read(self, seen: Observation) -> Reading:
+    def _read(self, seen: Observation) -> NetworkInputs:
         """What the networks read of a clean pass, normalised."""
         site = self.restriction.moments
         deep = [m for m in self.deep if isinstance(m, Normaliser)]
         read = [m(d) for m, d in zip(deep, seen.deep, strict=True)]
         if self.gradient and seen.gradient is not None:
             deep_gradients = [m.of_gradient(g) for m, g in zip(deep, seen.deep_gradients, strict=True)]
-            return Reading(site(seen.features), read, site.of_gradient(seen.gradient), deep_gradients, None)
-        return Reading(site(seen.features), read, None, [], self.get_buffer("classes")[seen.target])
+            return NetworkInputs(site(seen.features), read, site.of_gradient(seen.gradient), deep_gradients, None)
+        return NetworkInputs(site(seen.features), read, None, [], self.get_buffer("classes")[seen.target])
 
 
 @contextlib.contextmanager
