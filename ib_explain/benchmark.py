@@ -7,15 +7,15 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ib_explain.checks import check_positive_int, did_you_mean
+from ib_explain.checks import ONE_CLASS, check_positive_int, did_you_mean
 from ib_explain.contenders import Contender, contenders_of
+from ib_explain.data.origins import check_outside
 from ib_explain.fitting import launched
 from ib_explain.gallery import draw_pictures
 from ib_explain.guard import is_ours
@@ -107,7 +107,8 @@ def benchmark(
             raise ValueError("several processes need a folder that all can write to; give out=FOLDER")
         source = Source(data, images=images, names=names, seed=seed)
         _check_needs(chosen, source)
-        _check_out(out, source)
+        if out is not None:
+            check_outside(out, source.root)
         classes = _check_host(host, source.first)
         if layer is not None:
             layer = module_name(host, layer if isinstance(layer, nn.Module) else find_module(host, layer))
@@ -158,14 +159,6 @@ def benchmark(
             if out is not None:
                 board.save(out)
     return board
-
-
-def _check_out(out: str | os.PathLike[str] | None, source: Source) -> None:
-    """Keep results out of the pictures' folder, where `figures` would be taken for a class the next time."""
-    if out is not None and source.root is not None:
-        place, root = Path(out).resolve(), source.root.resolve()
-        if place == root or (root in place.parents and not (place / "run.json").is_file()):
-            raise ValueError(f"out must not lie in the folder of the data, {source.root}; got {out}")
 
 
 def available_metrics() -> dict[str, str]:
@@ -242,9 +235,16 @@ def _check_needs(metrics: Sequence[Metric], source: Source) -> None:
 
 
 def _check_host(host: nn.Module, batch: ImageBatch) -> int:
-    """The host's number of classes, from one image."""
+    """The host's number of classes, from one image.
+
+    Raises:
+        ValueError: it has one class: its probability is 1 whatever the image shows.
+    """
     with torch.no_grad():
-        return int(run_host(host, on_host(batch.x[:1], host)).shape[1])
+        classes = int(run_host(host, on_host(batch.x[:1], host)).shape[1])
+    if classes < 2:
+        raise ValueError(ONE_CLASS)
+    return classes
 
 
 def _model_facts(host: nn.Module, classes: int) -> dict[str, Any]:

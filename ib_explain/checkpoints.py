@@ -22,22 +22,39 @@ CHECKPOINT_FILES = (*FILES, OPTIMISER)
 RUN = ("step", "images", "seconds", "grid_alone", "figures", "history", "settings", "scaler")
 
 
-def check_checkpoint_folder(path: str | Path) -> None:
+def check_checkpoint_folder(path: str | Path, *, resume: bool) -> None:
     """Make sure that checkpoints can be written at `path`, over none but older ones.
 
     Raises:
-        FileExistsError: it holds other files, or a saved bottleneck, which a checkpoint would replace.
+        FileExistsError: it holds other files, a saved bottleneck, which a checkpoint would replace, or, unless the fit
+            is to `resume`, one that was interrupted.
         ValueError: a checkpoint that lacks a file.
         OSError: the place cannot be written to.
     """
     check_replaceable(path, CHECKPOINT_FILES)
     path = Path(path)
+    if not resume and (steps := _interrupted(path)):
+        told = f"{path} holds a fit that was interrupted after step {steps[0]} of {steps[1]}"
+        raise FileExistsError(f"{told}; resume=True goes on from there, or remove it or name another folder")
     if (path / CONFIG).exists() and not (path / OPTIMISER).exists():
         if _tells_a_run(path / CONFIG):
             raise ValueError(
                 f"{path} is a damaged checkpoint: it has no {OPTIMISER}; remove it, or name another folder"
             )
         raise FileExistsError(f"{path} holds a saved bottleneck; name another folder for checkpoints")
+
+
+def _interrupted(path: Path) -> tuple[int, int] | None:
+    """After which step of how many the fit of this checkpoint was stopped; None if it was not, or cannot be read."""
+    folder = current_folder(path)
+    if folder is None or not (folder / OPTIMISER).exists():
+        return None
+    try:
+        run = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["run"]
+        step, steps = int(run["step"]), int(run["settings"]["steps"])
+    except (OSError, json.JSONDecodeError, KeyError, RecursionError, TypeError, UnicodeDecodeError, ValueError):
+        return None
+    return (step, steps) if step < steps else None
 
 
 def _tells_a_run(config: Path) -> bool:

@@ -21,6 +21,10 @@ __all__ = ["check_bool", "check_images", "check_maps", "check_number", "check_po
 __all__ += ["take_options", "warn_user"]
 
 LISTED = 12  # known names that an error shows
+ONE_CLASS = (
+    "model must tell at least 2 classes, got 1; wrap a single logit z as torch.cat([torch.zeros_like(z), z], dim=1), "
+    "whose softmax has sigmoid(z)"
+)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -91,7 +91,20 @@ def timm_config(model: nn.Module) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         # timm's own class, or somebody else's attribute.
         config = config.to_dict() if hasattr(config, "to_dict") else {}
-    return dict(config)
+    config = dict(config)
+    if config.get("input_size") and (insists := _size_of_patches(host, config.get("first_conv"))):
+        config["input_size"] = (config["input_size"][0], *insists)
+    return config
+
+
+def _size_of_patches(host: nn.Module, first_conv: Any) -> tuple[int, int] | None:
+    """(H, W) that a model which cuts the image into patches was made for: timm's config keeps that of its weights."""
+    from timm.layers import PatchEmbed
+
+    for name, module in host.named_modules():
+        if isinstance(module, PatchEmbed) and f"{name}.proj" == first_conv:
+            return tuple(module.img_size) if module.img_size and module.strict_img_size else None
+    return None
 
 
 def channels_of(model: nn.Module) -> int | None:

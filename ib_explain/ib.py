@@ -21,6 +21,7 @@ from ib_explain.bottleneck.gates import GATES
 from ib_explain.bottleneck.module import Bottleneck, Restriction, empty_bottleneck
 from ib_explain.checkpoints import check_checkpoint_folder, digest, read_checkpoint, write_checkpoint
 from ib_explain.checks import (
+    ONE_CLASS,
     check_bool,
     check_images,
     check_maps,
@@ -76,8 +77,8 @@ READS = ("gradient", "features")
 OPTIONS = ("gate", "reads", "anchors", "per_element", "relevance", "seed")  # that a saved bottleneck is built with
 OBJECTIVES = ("prediction", "label")
 LEAK_WORTH_A_WARNING = 0.05
+UNLIKE = 50.0  # mean square of normalised features: 1 by definition, up to 8 for pictures by the statistics of noise
 MODEL_CARD = "README.md"
-ONE_CLASS = "model must tell at least 2 classes, got 1; wrap a single logit z as torch.cat([-z, z], dim=1)"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -246,7 +247,8 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             TypeError: data that is no iterable of image tensors.
             ValueError: empty data, images of several sizes or that the host refuses, an unknown objective or precision,
                 a layer whose grid no gradient of the logits reaches, a host of one class, another run's checkpoint.
-            FileExistsError: the checkpoint's folder holds other files, or a saved bottleneck.
+            FileExistsError: the checkpoint's folder holds other files, a saved bottleneck or, without `resume`, an
+                interrupted fit.
         """
         _check_fit_options(objective, beta, lr, checkpoint, every, resume, show_progress)
         device = host_device(self.host)
@@ -271,7 +273,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             begins = digest(first)
             state = None
             if checkpoint is not None:
-                check_checkpoint_folder(checkpoint)
+                check_checkpoint_folder(checkpoint, resume=resume)
                 if resume:  # the main process wrote it, and others read other batches
                     seen = begins if accelerator.is_main_process else None
                     state = read_checkpoint(checkpoint, description, dataclasses.asdict(settings), seen)
@@ -459,7 +461,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             UserWarning: same architecture, other weights; or a checkpoint of a fit that was not at its end.
         """
         if not isinstance(path, str | os.PathLike):
-            raise TypeError(f"path must be the name of a folder, got {path!r}")
+            raise TypeError(f"path must be the name of a folder, got {type(path).__name__}")
         with outside_inference_mode():
             tensors, config = read_folder(path)
         fitted_to = config["host"]
@@ -696,9 +698,13 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 restriction = self._restriction(host, place, args, reference)
                 start = self.bottleneck.attend(seen).value if from_fit else None
                 evidence = self._evidence(host, x, seen, settings, args) if from_fit else None
+                if reference is None and not self.fitted:
+                    _warn_of_another_range(restriction, seen)
                 attention = optimise(restriction, seen, place.site.layout, settings, start, evidence)
                 as_bits = output == "bits"
                 maps = bits_map(restriction, seen, attention, place, size) if as_bits else resize(attention, size)
+                if from_fit and as_bits and not maps.any():
+                    warn_user("no information passes for any of these images; are they normalised as in the fit?")
             check_maps(maps)
             return maps
 
@@ -761,8 +767,18 @@ def _check_fit_options(
     if every is not None:
         check_positive_int(every, "every")
     if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
-        raise TypeError(f"checkpoint must be the name of a folder, got {checkpoint!r}")
+        raise TypeError(f"checkpoint must be the name of a folder, got {type(checkpoint).__name__}")
     check_bool(show_progress, "show_progress")
+
+
+def _warn_of_another_range(restriction: Restriction, seen: Observation) -> None:
+    """Statistics of noise of unit variance do not hold for a host that takes 0..255, say, and normalises by itself."""
+    spread = float(restriction.moments(seen.features).square().mean())
+    if spread > UNLIKE:
+        warn_user(
+            f"the images' features lie {spread**0.5:.0f} standard deviations from those of the noise that stands for "
+            "data where nothing is fitted, so bits mean little; give reference=images as the model takes them, or fit"
+        )
 
 
 def _size(x: Tensor) -> tuple[int, int, int]:

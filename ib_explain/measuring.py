@@ -68,6 +68,7 @@ class Measure:
         self.by_label, self.classes = by_label, classes
         self.layer, self.batch_size, self.seed = layer, batch_size, seed
         self._kept: dict[Hashable, Any] = {}
+        self._told: set[str] = set()  # methods whose first failure was told
         self._everyone: Tensor | None = None
         if fixations is not None:
             self._everyone = torch.cat(list(fixations))
@@ -85,6 +86,9 @@ class Measure:
         shared = self._case(batch)
         for contender in self.contenders:
             for metric, outcome in self._outcomes(contender, shared, with_cost=batch.number == 0).items():
+                if outcome.status == "failed" and contender.name not in self._told:
+                    self._told.add(contender.name)
+                    progress.note(f"benchmark: {contender.name} failed under {metric}: {outcome.reason}")
                 # The cost has fewer values than the batch has images.
                 for image, name, value in zip(batch.images, batch.names, outcome.values, strict=False):
                     rows.append(Row(image, name, contender.name, metric, value, outcome.status, outcome.reason))

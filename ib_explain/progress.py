@@ -46,6 +46,11 @@ class Progress:
             print("  ".join(filter(None, line)), file=sys.stderr, flush=True)
             self._last_line = now
 
+    def note(self, line: str) -> None:
+        """Say something between the steps, where they are shown."""
+        if self.show:
+            tqdm.write(line, file=sys.stderr)
+
     def __enter__(self) -> Progress:
         return self
 

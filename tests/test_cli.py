@@ -342,6 +342,34 @@ def test_attribute_never_writes_over_the_images_themselves(host, pictures, tmp_p
     assert "sheet.png is one of the images" in fails(capsys, *words, "--overwrite")
 
 
+def test_results_do_not_go_among_the_pictures(host, pictures, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(pictures / "train", data)
+    for words in (["fit", "--steps", 1], ["attribute", "--method", "edges"], ["benchmark", "--methods", "edges"]):
+        told = fails(capsys, words[0], *host, "--data", data, "--out", data / "maps", *words[1:])
+        assert told.startswith("out must not lie in the folder of the data, ")
+    assert sorted(entry.name for entry in data.iterdir()) == list("abcde")
+
+
+def test_maps_of_an_earlier_run_are_no_pictures_to_explain(host, pictures, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    shutil.copytree(pictures / "train" / "a", photos)
+    words = ["attribute", *host, str(photos), "--method", "edges", "--workers", "0"]
+    assert main([*words, "--out", str(photos / "maps")]) == 0
+    assert main([*words, "--out", str(tmp_path / "others")]) == 0
+    with (tmp_path / "others" / "maps.csv").open() as stream:
+        assert [row["name"] for row in csv.DictReader(stream)] == ["0", "1"]
+
+
+def test_labels_of_some_of_the_classes_are_not_taken_for_the_models(host, pictures, tmp_path, capsys):
+    part = tmp_path / "part"
+    for name in "de":
+        shutil.copytree(pictures / "train" / name, part / name)
+    words = ["benchmark", *host, "--data", part, "--target", "label", "--methods", "edges", "--out", tmp_path / "out"]
+    told = fails(capsys, *words)
+    assert told == "--target label needs a class folder for each of the model's 5 classes, got 2, d as class 0"
+
+
 def test_attribute_among_raw_files_of_others(host, pictures, tmp_path):
     """Pickled arrays, arrays of the image's own name, and files that are no archives."""
     out, image = tmp_path / "maps", str(pictures / "train" / "a" / "0.png")

@@ -244,6 +244,14 @@ def test_open_dataset_mistakes(folder, tmp_path):
         open_dataset(folder, "train")
 
 
+def test_splits_are_never_mixed(folder):
+    with pytest.raises(ValueError, match=r"holds the splits test, train, val; say which with split"):
+        open_dataset(folder)
+    (folder / "devkit").mkdir()
+    with pytest.raises(ValueError, match=r"holds the splits test, train, val; say which with split"):
+        open_dataset(folder)
+
+
 def test_a_broken_picture_is_an_error_not_its_neighbour(folder):
     (folder / "val" / "n01" / "1.png").write_bytes(b"broken")
     dataset = open_dataset(folder, "val", plain((4, 4)))

@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
+import ib_explain as ibx
 from ib_explain.bottleneck.attention import AttentionNetwork
 from ib_explain.data.synthetic import Synthetic, demo_host
 from ib_explain.fitting import train
 from ib_explain.ib import IBAttention
+from ib_explain.metrics import deletion
 from ib_explain.objective import BETA_PER_STAKE
+from ib_explain.training import Trainer
 from tests.models import CLASSES, images, tiny
 from tests.test_per_image import planted
 
@@ -257,7 +260,7 @@ def test_a_run_folder_that_is_no_checkpoint(tmp_path):
     (run / "optimiser.safetensors").unlink()
     with pytest.raises(ValueError, match=r"is a damaged checkpoint: it has no optimiser.safetensors"):
         fit(data, steps=4, checkpoint=run, resume=True)
-    with pytest.raises(TypeError, match="checkpoint must be the name of a folder, got 3"):
+    with pytest.raises(TypeError, match="checkpoint must be the name of a folder, got int"):
         fit(data, steps=4, checkpoint=3)
     with pytest.raises(TypeError, match="resume must be"):
         fit(data, steps=4, checkpoint=run, resume="no")
@@ -387,6 +390,35 @@ def test_a_host_of_one_class_is_refused():
     for use in (lambda ib: ib.attribute(images(2)), lambda ib: ib.fit([images(4)], steps=2, show_progress=False)):
         with pytest.raises(ValueError, match=r"at least 2 classes, got 1; wrap a single logit z as torch.cat"):
             use(IBAttention(Single(), "host.stages.1"))
+    x, maps = images(2), torch.rand(2, 24, 24)
+    # The probability of the only class is 1 whatever is removed.
+    for measure in (
+        lambda: deletion(Single().eval(), x, maps),
+        lambda: ibx.benchmark(Single().eval(), [x], methods=["edges"], metrics=["insertion"], show_progress=False),
+    ):
+        with pytest.raises(ValueError, match=r"at least 2 classes, got 1; wrap a single logit z as torch.cat"):
+            measure()
+    assert deletion(Single().eval(), x, maps, score="logit").auc.isfinite().all()
+
+
+def test_an_interrupted_fit_is_not_begun_again_by_mistake(tmp_path, monkeypatch):
+    data, run = [images(8)], tmp_path / "run"
+    done = Trainer.step
+
+    def stops(self, *batch):
+        if self.step_number == 2:
+            raise KeyboardInterrupt
+        done(self, *batch)
+
+    monkeypatch.setattr(Trainer, "step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        fit(data, steps=4, every=1, checkpoint=run)
+    monkeypatch.setattr(Trainer, "step", done)
+    with pytest.raises(FileExistsError, match=r"was interrupted after step 2 of 4; resume=True goes on from there"):
+        fit(data, steps=4, every=1, checkpoint=run)
+    assert json.loads((run / "config.json").read_text())["run"]["step"] == 2
+    fit(data, steps=4, every=1, checkpoint=run, resume=True)
+    fit(data, steps=4, every=1, checkpoint=run)  # over one that is at its end
 
 
 TWO = """

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from captum.attr import LayerAttribution, NoiseTunnel
 from captum.attr import visualization as captum_visualization
 from captum.metrics import infidelity, sensitivity_max
+from torch import nn
 
 import ib_explain as ibx
 from ib_explain.ib import IBAttention
@@ -395,3 +397,35 @@ class TestOtherMethods:
             ibx.attribute(cnn[1], images(2), method=lambda _m, x, _t: x[:1, :1])
         with pytest.raises(TypeError, match="must be a name"):
             ibx.attribute(cnn[1], images(2), method=3)
+
+
+class Raw(nn.Module):
+    """Takes 0..255 and normalises by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.host = tiny()
+
+    def forward(self, x):
+        return self.host((x - 128) / 64)
+
+
+def test_a_host_of_another_range_is_told_where_noise_stands_for_its_data():
+    pictures = [images(8, seed=s) * 64 + 128 for s in range(2)]
+    with pytest.warns(
+        UserWarning, match=r"lie \d+ standard deviations from those of the noise .* give reference=images"
+    ):
+        ibx.attribute(Raw(), pictures[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ibx.attribute(Raw(), pictures[0], reference=pictures[1])
+
+
+def test_images_that_nothing_passes_for_are_told():
+    ib = IBAttention(tiny(), "stages.1").fit([images(16)], steps=2, show_progress=False)
+    with torch.no_grad():
+        for parameter in ib.bottleneck.network.parameters():
+            parameter.zero_()
+        ib.bottleneck.network.head.bias.fill_(-200)
+    with pytest.warns(UserWarning, match="no information passes for any of these images; are they normalised as in"):
+        assert ib.attribute(images(2)).sum() == 0

@@ -25,6 +25,13 @@ def test_a_pipe_gets_lines_with_figures_and_the_time_left(capsys, every_line):
     assert all(re.search(r"  \d+ s left$", line) for line in lines)
 
 
+def test_a_note_stands_on_a_line_of_its_own_and_only_where_progress_is_shown(capsys, every_line):
+    for show, said in ((True, ["edges failed"]), (False, [])):
+        with Progress(3, "benchmark", show=show) as progress:
+            progress.note("edges failed")
+        assert capsys.readouterr().err.splitlines() == said
+
+
 def test_a_last_batch_that_is_larger_than_what_is_left_ends_at_the_total(capsys, every_line):
     with Progress(100, "statistics") as progress:
         for _ in range(4):

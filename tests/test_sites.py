@@ -421,6 +421,21 @@ def test_input_size_from_the_hosts_own_config() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 96}, (96, 96)),
+        ("vit_tiny_patch16_224", {"img_size": (64, 96)}, (64, 96)),
+        ("vit_tiny_patch16_224", {"img_size": 96, "dynamic_img_size": True}, (224, 224)),  # takes any
+        ("visformer_tiny", {}, (224, 224)),  # cuts features into patches, not the image
+    ],
+)
+def test_the_size_is_what_a_model_of_patches_insists_on(name, options, size):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=2, **options)
+    assert input_size_of(model)[1:] == size
+
+
+@pytest.mark.parametrize(
     ("name", "options", "channels"),
     [
         ("resnet10t", {"in_chans": 1}, 1),

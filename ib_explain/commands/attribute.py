@@ -27,9 +27,9 @@ from ib_explain.commands.common import (
     plain_name,
     preprocess_for,
 )
-from ib_explain.commands.map_folder import SHEET, MapFolder, digest_of, plan_names
+from ib_explain.commands.map_folder import SHEET, MapFolder, digest_of, is_map_folder, plan_names
 from ib_explain.data.images import ImageFiles, LabelledImages, UnreadableImage, list_images, open_dataset
-from ib_explain.data.origins import class_folders
+from ib_explain.data.origins import check_outside, class_folders, root_of
 from ib_explain.data.preprocessing import Preprocess
 from ib_explain.hosts import class_names
 from ib_explain.ib import IBAttention
@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     host, size = load_with_size(args, fitted_size)
     fitted = None if args.bottleneck is None else IBAttention.load(args.bottleneck, host)
     folder = MapFolder(out, _command(args, host, size), overwrite=args.overwrite)
-    folders = class_folders(pictures) or ((fitted.record or {}).get("class_folders") if fitted else None)
+    # Those of the fit are the model's; a folder of some classes has fewer.
+    folders = ((fitted.record or {}).get("class_folders") if fitted else None) or class_folders(pictures)
     classes = class_names(host, imagenet=has_timm_weights(args), folders=folders)
     names, paths = plan_names(below, folder.belongs), [path for path, _ in below]
     folder.check_inputs(names, paths)
@@ -181,6 +182,7 @@ def _pictures(args: argparse.Namespace, out: Path, problems: list[str]) -> tuple
         data = open_dataset(args.data, args.split, name=args.dataset)
         if not isinstance(data, ImageFiles | LabelledImages):
             raise ValueError(f"cannot explain a {type(data).__name__}, which has no names of images; name a folder")
+        check_outside(out, root_of(data))
         count = min(len(data), args.limit or len(data))
         return data, [(Path(data.name(i)), Path(data.name(i))) for i in range(count)]
     found: list[tuple[Path, Path]] = []
@@ -201,10 +203,11 @@ def _pictures(args: argparse.Namespace, out: Path, problems: list[str]) -> tuple
 
 
 def _all_below(folder: Path, out: Path) -> list[Path]:
-    """Pictures in a folder and below, but for those that an earlier run put into `out`."""
+    """Pictures in a folder and below, but for those in `out` and those that earlier runs made."""
     found: list[Path] = []
     for directory, folders, _files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if (Path(directory) / name).resolve() != out.resolve())
+        below = sorted(Path(directory) / name for name in folders)
+        folders[:] = [path.name for path in below if path.resolve() != out.resolve() and not is_map_folder(path)]
         with contextlib.suppress(ValueError):  # a folder without pictures of its own
             found += list_images(directory)
     return found

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ib_explain.benchmark import benchmark
@@ -15,6 +16,7 @@ from ib_explain.data.boxes import BoxImages, read_boxes
 from ib_explain.data.csv_tables import columns
 from ib_explain.data.gaze import GazeImages
 from ib_explain.data.images import ImageFiles, LabelledImages, open_dataset
+from ib_explain.data.origins import class_folders
 from ib_explain.data.preprocessing import Preprocess
 from ib_explain.ib import IBAttention
 from ib_explain.io import read_folder
@@ -56,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         contenders[FITTED] = IBAttention.load(args.bottleneck, host)
     contenders |= {name: name for name in methods}
     data = _data(args, preprocess_for(host, size))
+    if args.target == "label":
+        _check_labels(class_folders(data), host)
     out = args.out or Path(f"{plain_name(args.model)}-benchmark")
     board = benchmark(
         host,
@@ -75,6 +79,16 @@ def run(args: argparse.Namespace) -> int:
         print(board)
         print(f"in {out}: report.html, summary.md, summary.csv, summary.json, rows.csv, figures")
     return 0
+
+
+def _check_labels(folders: list[str] | None, host: nn.Module) -> None:
+    """Refuse class folders that cannot be the model's classes: their labels would be other classes' indices."""
+    classes = getattr(host, "num_classes", None)
+    if folders and classes and len(folders) != classes:
+        raise ValueError(
+            f"--target label needs a class folder for each of the model's {classes} classes, got {len(folders)}, "
+            f"{folders[0]} as class 0"
+        )
 
 
 def _named(given: str, registry: Any, *, lacking: Collection[str] = ()) -> list[str]:

@@ -21,7 +21,7 @@ from ib_explain.commands.common import (
     times,
 )
 from ib_explain.data.images import ImageFiles, LabelledImages, UnreadableImage, open_dataset
-from ib_explain.data.origins import class_folders
+from ib_explain.data.origins import check_outside, class_folders, root_of
 from ib_explain.files import check_replaceable, remove_folder
 from ib_explain.ib import IBAttention
 from ib_explain.io import FILES
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         "train" if args.dataset else None
     )  # a named data set without one gives its validation images
     data = open_dataset(args.data, split, preprocess_for(host, size), name=args.dataset)
+    check_outside(out, root_of(data))
     classes = class_folders(data)
     sized = not isinstance(data, IterableDataset)
     readable = ReadableImages(data) if isinstance(data, ImageFiles | LabelledImages) else None

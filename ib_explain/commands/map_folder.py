@@ -23,7 +23,7 @@ from ib_explain.files import replace_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SHEET", "MapFolder", "digest_of", "plan_names"]
+__all__ = ["SHEET", "MapFolder", "digest_of", "is_map_folder", "plan_names"]
 
 RUN, TABLE = "run.json", "maps.csv"
 MADE_BY = {"made by": "ib-explain attribute"}  # tells our run.json from others
@@ -57,7 +57,7 @@ class MapFolder:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; --out must name a folder")
-        before = self._command()
+        before = _command_of(self.path)
         if not overwrite and before is not None and before != command:
             changed = [key for key in {**before, **command} if before.get(key) != command.get(key)]
             what = ", ".join(f"{key} {before.get(key)}, now {command.get(key)}" for key in changed[:3])
@@ -105,7 +105,7 @@ class MapFolder:
         if self._replaces:
             self._remove_maps()
             self._replaces = False
-        if self._command() != self.command:
+        if _command_of(self.path) != self.command:
             with replace_file(self.path / RUN) as file:
                 file.write_text(json.dumps({**MADE_BY, **self.command}, indent=2) + "\n", encoding="utf-8")
         with replace_file(self._picture(name)) as file:
@@ -151,16 +151,6 @@ class MapFolder:
     def _raw(self, name: str) -> Path:
         return self.path / f"{name}.npz"
 
-    def _command(self) -> dict[str, Any] | None:
-        """What made the maps that are there, or None if there are none of ours."""
-        try:
-            found = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
-            return None
-        if not isinstance(found, dict) or found.items() & MADE_BY.items() != MADE_BY.items():
-            return None
-        return {key: value for key, value in found.items() if key not in MADE_BY}
-
     def _remove_maps(self) -> None:
         """Remove the pairs of picture and raw map, the table and the sheet; other files stay."""
         for raw in self.path.rglob("*.npz"):
@@ -169,6 +159,22 @@ class MapFolder:
                 raw.unlink()
         for made in (RUN, TABLE, SHEET):
             (self.path / made).unlink(missing_ok=True)
+
+
+def is_map_folder(path: Path) -> bool:
+    """Whether `ib-explain attribute` made this folder: what it shows are maps, and no pictures to explain."""
+    return _command_of(path) is not None
+
+
+def _command_of(path: Path) -> dict[str, Any] | None:
+    """What made the maps in a folder, or None if there are none of ours."""
+    try:
+        found = json.loads((path / RUN).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    if not isinstance(found, dict) or found.items() & MADE_BY.items() != MADE_BY.items():
+        return None
+    return {key: value for key, value in found.items() if key not in MADE_BY}
 
 
 def _is_ours(raw: Path) -> bool:

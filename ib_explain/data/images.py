@@ -225,9 +225,10 @@ def _find_split(root: str | Path | None, split: str | None) -> Path:
 
 
 def _split_names(place: Path) -> list[str]:
-    """Folders in `place` that are called as splits are, if there are no others."""
-    folders = sorted(entry.name for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    return folders if set(folders) <= _SPLITS else []
+    """Folders and tar files in `place` that are called as splits are."""
+    found = [entry for entry in sorted(place.iterdir()) if entry.is_dir() or entry.suffix == ".tar"]
+    names = [entry.name.removesuffix(".tar") for entry in found]
+    return [name for name in dict.fromkeys(names) if name in _SPLITS]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from ib_explain.data.boxes import BoxImages
 from ib_explain.data.images import ImageFiles
 
-__all__ = ["class_folders", "root_of"]
+__all__ = ["check_outside", "class_folders", "root_of"]
 
 
 def class_folders(data: Any) -> list[str] | None:
@@ -36,6 +36,24 @@ def root_of(data: Any) -> Path | None:
     holder = data if hasattr(data, "samples") else getattr(data, "reader", None)  # torchvision's folders, or timm's
     root = getattr(holder, "root", None)
     return Path(root) if isinstance(root, str | os.PathLike) else None
+
+
+def check_outside(out: str | os.PathLike[str], root: Path | None) -> None:
+    """Keep results out of the pictures' folder, where they would be taken for a class, or explained, the next time.
+
+    Args:
+        out: where results are to go; one that is there already, from before this was refused, may be gone on with.
+        root: what `root_of` told of the data.
+
+    Raises:
+        ValueError: `out` lies in `root`, or is it.
+    """
+    if root is None:
+        return
+    place, above = Path(out).resolve(), root.resolve()
+    begun = (place / "run.json").is_file() or (place / "config.json").is_file()
+    if place == above or (above in place.parents and not begun):
+        raise ValueError(f"out must not lie in the folder of the data, {root}; got {out}")
 
 
 def _behind(data: Any) -> Any:

@@ -159,6 +159,8 @@ def preprocess(
     if (own := timm_data_config(model)) is not None:
         config = own
         config["size"] = tuple(config.pop("input_size")[-2:])
+    if isinstance(size, str) or (size is not None and not isinstance(size, int) and len(size) != 2):
+        raise TypeError(f"size must be a side or (height, width), got {size!r}")
     given = {
         "size": (size, size) if isinstance(size, int) else size,
         "mean": mean,

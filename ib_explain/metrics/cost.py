@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from ib_explain.checks import check_images, check_positive_int
 from ib_explain.lending import frozen, run_host
 from ib_explain.metrics.base import Case, register_metric
-from ib_explain.metrics.probe import Explain, Probe
+from ib_explain.metrics.probe import Explain, Probe, check_explain
 from ib_explain.modules import host_device
 from ib_explain.targets import Target, resolve_target, target_scores
 
@@ -75,6 +75,7 @@ def measure_cost(model: nn.Module, x: Tensor, explain: Explain, target: Target =
         rounds: timed turns.
     """
     rounds = check_positive_int(rounds, "rounds")
+    check_explain(explain)
     with frozen(model) as host:
         classes, plain = _prepared(host, x, target)
 
@@ -104,6 +105,7 @@ def count_passes(model: nn.Module, x: Tensor, explain: Explain, target: Target =
     Returns:
         Forward and backward passes. NaN for a host without any such product.
     """
+    check_explain(explain)
     with frozen(model) as host:
         classes, _ = _prepared(host, x, target)
         explain(host, x, classes)  # what is found out once for a host, such as its layers, is no part of the price

@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ib_explain.checks import check_images, check_maps, check_positive_int, did_you_mean
+from ib_explain.checks import ONE_CLASS, check_images, check_maps, check_positive_int, did_you_mean
 from ib_explain.lending import frozen, run_host
 from ib_explain.modules import host_device
 from ib_explain.perturb import fill_images
 from ib_explain.targets import Target, resolve_target, target_scores
 
-__all__ = ["SCORES", "Explain", "Probe"]
+__all__ = ["SCORES", "Explain", "Probe", "check_explain"]
 
 SCORES = ("probability", "logit")
 
@@ -64,11 +64,11 @@ class Probe:
 
     def intact(self, score: str = "probability") -> Tensor:
         """Scores of the images as they are, (B,) float32."""
-        return self._intact[_column(score)]
+        return self._intact[self._column(score)]
 
     def filled(self, fill: str | Tensor, score: str = "probability", *, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Fully replaced images (B, C, H, W), see `perturb.fill_images`, and their scores (B,) float32."""
-        column = _column(score)
+        column = self._column(score)
 
         def replaced() -> tuple[Tensor, Tensor]:
             images = fill_images(self.x, fill, seed=seed)
@@ -104,8 +104,7 @@ class Probe:
             TypeError: `explain` is no function.
             ValueError: maps of another shape or, if `finite`, with NaN or infinite values.
         """
-        if not callable(explain):
-            raise TypeError(f"explain must be a function (model, x, target) -> maps, got {explain!r}")
+        check_explain(explain)
         x = self.x if x is None else x
         target = self.target if target is None else target
         size, maps = (int(x.shape[2]), int(x.shape[3])), []
@@ -127,7 +126,14 @@ class Probe:
         Returns:
             (B, S) float32.
         """
-        return self._ask(settings, perturb)[_column(score)]
+        return self._ask(settings, perturb)[self._column(score)]
+
+    def _column(self, score: str) -> int:
+        if score not in SCORES:
+            raise ValueError(f"unknown score {score!r}{did_you_mean(str(score), SCORES)}")
+        if score == "probability" and self.logits.shape[1] < 2:
+            raise ValueError(ONE_CLASS)  # whose softmax is 1 for every image
+        return SCORES.index(score)
 
     def _ask(self, settings: int, perturb: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         images = len(self.x)
@@ -142,12 +148,12 @@ class Probe:
         return torch.cat(both, dim=1).view(len(SCORES), settings, images).transpose(1, 2)
 
 
+def check_explain(explain: Any) -> None:
+    """Raise a TypeError for a method that is no function, such as its name."""
+    if not callable(explain):
+        raise TypeError(f"explain must be a function (model, x, target) -> maps, got {explain!r}")
+
+
 def _both(logits: Tensor, target: Tensor) -> Tensor:
     logits = logits.float()
     return torch.stack([target_scores(logits.softmax(dim=1), target), target_scores(logits, target)])
-
-
-def _column(score: str) -> int:
-    if score not in SCORES:
-        raise ValueError(f"unknown score {score!r}{did_you_mean(str(score), SCORES)}")
-    return SCORES.index(score)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ib_explain.checks import check_maps, check_number, check_positive_int
 from ib_explain.lending import frozen
 from ib_explain.metrics.base import Case, register_metric
-from ib_explain.metrics.probe import Explain, Probe
+from ib_explain.metrics.probe import Explain, Probe, check_explain
 from ib_explain.randomness import generator_of, uniform
 from ib_explain.targets import Target
 
@@ -111,8 +111,7 @@ def _max_sensitivity(
 ) -> Tensor:
     from captum.metrics import sensitivity_max
 
-    if not callable(explain):
-        raise TypeError(f"explain must be a function (model, x, target) -> maps, got {explain!r}")
+    check_explain(explain)
     samples = check_positive_int(samples, "samples")
     check_number(radius, "radius (in normalised units)", above=0)
     noise = uniform(generator_of(seed), samples, *probe.x.shape[1:])
