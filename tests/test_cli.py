@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import ib_explain as ibx
 from ib_explain.cli import _parser, main
 from ib_explain.commands.map_folder import plan_names
 from ib_explain.hosts import class_names, load_host
@@ -368,6 +369,16 @@ def test_labels_of_some_of_the_classes_are_not_taken_for_the_models(host, pictur
     words = ["benchmark", *host, "--data", part, "--target", "label", "--methods", "edges", "--out", tmp_path / "out"]
     told = fails(capsys, *words)
     assert told == "--target label needs a class folder for each of the model's 5 classes, got 2, d as class 0"
+
+
+def test_a_benchmark_takes_the_bottleneck_once_named_or_not(bottleneck, host, pictures, tmp_path, capsys):
+    words = ["benchmark", *host, "--data", pictures, "--split", "train", "--metrics", "tied_share", "--workers", 0]
+    named = [*words, "--bottleneck", bottleneck, "--methods", "edges,ib_fitted", "--out", tmp_path / "out"]
+    assert main([str(word) for word in named]) == 0
+    assert sorted(ibx.Leaderboard.read(tmp_path / "out").summary.methods) == ["edges", "ib_fitted"]
+    capsys.readouterr()
+    told = fails(capsys, *words, "--methods", "edges,ib_fitted", "--out", tmp_path / "other")
+    assert told.startswith("unknown method 'ib_fitted'")
 
 
 def test_attribute_among_raw_files_of_others(host, pictures, tmp_path):

@@ -40,7 +40,7 @@ FITTED = "ib_fitted"
 def run(args: argparse.Namespace) -> int:
     """Measure what is not measured yet, write everything, and say how the methods stand."""
     truths = ("masks",) if args.boxes else ("fixations", "density") if args.gaze else ()
-    methods = _named(args.methods, METHODS)
+    methods = _named(args.methods, METHODS, besides=() if args.bottleneck is None else (FITTED,))
     by_default = [*METRICS_BY_DEFAULT, *(name for truth in truths for name in WITH_TRUTH[truth])]
     metrics = by_default
     if args.metrics is not None:
@@ -91,9 +91,9 @@ def _check_labels(folders: list[str] | None, host: nn.Module) -> None:
         )
 
 
-def _named(given: str, registry: Any, *, lacking: Collection[str] = ()) -> list[str]:
-    """The names that an option lists; "all" are all that the data allows."""
-    names = [name for name in (word.strip() for word in given.split(",")) if name]
+def _named(given: str, registry: Any, *, besides: Collection[str] = (), lacking: Collection[str] = ()) -> list[str]:
+    """The names that an option lists, without those that take part besides; "all" are all that the data allows."""
+    names = [name for name in (word.strip() for word in given.split(",")) if name and name not in besides]
     if names == ["all"]:
         return [name for name in registry if not _lacks(registry.get(name), lacking)]
     for name in names:
