@@ -37,7 +37,7 @@ def check_checkpoint_folder(path: str | Path, *, resume: bool) -> None:
         told = f"{path} holds a fit that was interrupted after step {steps[0]} of {steps[1]}"
         raise FileExistsError(f"{told}; resume=True goes on from there, or remove it or name another folder")
     if (path / CONFIG).exists() and not (path / OPTIMISER).exists():
-        if _tells_a_run(path / CONFIG):
+        if _run_of(path) is not None:
             raise ValueError(
                 f"{path} is a damaged checkpoint: it has no {OPTIMISER}; remove it, or name another folder"
             )
@@ -47,21 +47,20 @@ def check_checkpoint_folder(path: str | Path, *, resume: bool) -> None:
 def _interrupted(path: Path) -> tuple[int, int] | None:
     """After which step of how many the fit of this checkpoint was stopped; None if it was not, or cannot be read."""
     folder = current_folder(path)
-    if folder is None or not (folder / OPTIMISER).exists():
-        return None
-    try:
-        run = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["run"]
-        step, steps = int(run["step"]), int(run["settings"]["steps"])
-    except (OSError, json.JSONDecodeError, KeyError, RecursionError, TypeError, UnicodeDecodeError, ValueError):
-        return None
-    return (step, steps) if step < steps else None
+    run = None if folder is None or not (folder / OPTIMISER).exists() else _run_of(folder)
+    settings = (run or {}).get("settings")
+    step, steps = (run or {}).get("step"), settings.get("steps") if isinstance(settings, dict) else None
+    return (step, steps) if isinstance(step, int) and isinstance(steps, int) and step < steps else None
 
 
-def _tells_a_run(config: Path) -> bool:
+def _run_of(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint's config says of its run; None for a saved bottleneck, or where it cannot be read."""
     try:
-        return "run" in json.loads(config.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, RecursionError, TypeError, UnicodeDecodeError):
-        return False
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, RecursionError, UnicodeDecodeError):
+        return None
+    run = config.get("run") if isinstance(config, dict) else None
+    return run if isinstance(run, dict) else None
 
 
 def write_checkpoint(

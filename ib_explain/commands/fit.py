@@ -43,9 +43,8 @@ def run(args: argparse.Namespace) -> int:
     host, size = load_with_size(args)
     options = {name: getattr(args, name) for name in ("gate", "reads", "anchors", "relevance", "seed")}
     ib = IBAttention(host, args.layer, **options)
-    split = args.split or (
-        "train" if args.dataset else None
-    )  # a named data set without one gives its validation images
+    # Without a split a named data set gives its validation images.
+    split = args.split or ("train" if args.dataset else None)
     data = open_dataset(args.data, split, preprocess_for(host, size), name=args.dataset)
     check_outside(out, root_of(data))
     classes = class_folders(data)
