@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ib_explain.checks import ONE_CLASS, check_positive_int, did_you_mean
+from ib_explain.checks import ONE_CLASS, check_bool, check_positive_int, did_you_mean
 from ib_explain.contenders import Contender, contenders_of
 from ib_explain.data.origins import check_outside
 from ib_explain.fitting import launched
@@ -52,6 +52,7 @@ def benchmark(
     seed: int = 0,
     names: Sequence[str] | None = None,
     data_name: str | None = None,
+    extend: bool = False,
     show_progress: bool = True,
 ) -> Leaderboard:
     """Compare methods by metrics on the same images and the same classes.
@@ -84,6 +85,7 @@ def benchmark(
         seed: of methods, metrics, the bootstrap, and the order of a shuffling loader.
         names: of the images by index; None takes those of the data.
         data_name: what the report calls the data.
+        extend: add methods or metrics to the run in `out`. The call names all of them; what is new is measured.
         show_progress: a bar with the time left on a terminal, lines in a pipe.
 
     Returns:
@@ -97,6 +99,7 @@ def benchmark(
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}{did_you_mean(str(target), TARGETS)}")
+    check_bool(extend, "extend")
     rows_at_once = None if batch_size is None else check_positive_int(batch_size, "batch_size")
     contenders = contenders_of(methods, model)
     chosen = _metrics(metrics)
@@ -132,7 +135,7 @@ def benchmark(
             **({} if rows_at_once is None else {"batch_size": rows_at_once}),
             "versions": versions(),
         }
-        store = _open(out, settings, info, accelerator)
+        store = _open(out, settings, info, accelerator, extend=extend)
         measure = Measure(
             host,
             contenders,
@@ -170,23 +173,29 @@ def _run(measure: Measure, source: Source, store: RunStore, accelerator: Acceler
     """Measure the batches that fall to this process and are not stored yet, then bring all together."""
     rank, world, methods = accelerator.process_index, accelerator.num_processes, len(measure.contenders)
     mine = {} if source.sizes is None else dict(list(enumerate(source.sizes))[rank::world])
-    finished = sum(size for number, size in mine.items() if store.done(number))
+    left = sum(size * len(measure.lacking(number, store.cells(number))) for number, size in mine.items())
+    total = sum(mine.values()) * methods
     # Without a length nobody knows what is left.
     show = show_progress and rank == 0 and source.sizes is not None
-    with Progress(sum(mine.values()) * methods, "benchmark", show=show, done=finished * methods) as progress:
-        for batch in source.batches(store.done, rank, world):
-            rows, curves = measure(batch, progress)
-            if rows:
-                store.append(batch.number, rows, curves)
+
+    def finished(number: int) -> bool:
+        return not measure.lacking(number, store.cells(number))
+
+    with Progress(total, "benchmark", show=show, done=total - left) as progress:
+        for batch in source.batches(finished, rank, world):
+            rows, curves = measure(batch, progress, store.cells(batch.number))
+            store.append(batch.number, rows, curves)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         store.finish()
     accelerator.wait_for_everyone()
 
 
-def _open(out: Any, settings: Mapping[str, Any], info: Mapping[str, Any], accelerator: Accelerator) -> RunStore:
-    """The store of this process; the first one makes the folder."""
-    store = RunStore.open(out, settings, info) if accelerator.is_main_process else None
+def _open(
+    out: Any, settings: Mapping[str, Any], info: Mapping[str, Any], accelerator: Accelerator, *, extend: bool
+) -> RunStore:
+    """The store of this process; the first one makes the folder, or takes it over with what it is extended by."""
+    store = RunStore.open(out, settings, info, extend=extend) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
     return store or RunStore.open(out, settings, info, rank=accelerator.process_index)
 

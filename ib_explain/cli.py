@@ -223,6 +223,9 @@ def _add_benchmark(commands: Commands) -> None:
     )
     _compute(benchmark, batch_size=32)
     _out(benchmark, "folder of the results", "MODEL-benchmark")
+    benchmark.add_argument(
+        "--extend", action="store_true", help="add methods or metrics to the run in DIR; name all, the old ones too"
+    )
 
 
 def _host(parser: argparse.ArgumentParser, *, layer: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,7 @@ class Leaderboard:
         reference: str | None = AS_RUN,
         pictures: Pictures | None = None,
     ) -> Leaderboard:
-        """The standings of a run, also of an unfinished one (its finished batches).
+        """The standings of a run, also of an unfinished one: its finished batches, and what has any rows.
 
         The run's settings must hold "methods" (a dict by name, in the user's order) and "metrics" (a dict by name of
         dicts with family, unit, higher_is_better, protocol); its "seed" is also that of the bootstrap.
@@ -67,11 +68,16 @@ class Leaderboard:
         last = [store.run["info"], *store.run.get("resumed", [])][-1]
         if not rows:
             raise ValueError(f"the run in {store.folder} has no finished batch yet")
+        # An extension that was stopped may not have come to all of them.
+        begun = {name for row in rows for name in (row.method, row.metric)}
+        methods = [name for name in settings["methods"] if name in begun]
+        if reference == AS_RUN:
+            reference = last.get("reference") if last.get("reference") in methods else None
         summary = summarise(
             rows,
-            [_facts(name, told) for name, told in settings["metrics"].items()],
-            last.get("reference") if reference == AS_RUN else reference,
-            methods=list(settings["methods"]),
+            [_facts(name, told) for name, told in settings["metrics"].items() if name in begun],
+            reference,
+            methods=methods,
             seed=settings.get("seed", 0),
         )
         return cls(summary, rows, store.curves(), store, pictures or Pictures())
@@ -88,14 +94,8 @@ class Leaderboard:
         """
         store = RunStore.read(folder)
         board = cls.of(store, reference=reference, pictures=Pictures.read(Path(folder) / "figures"))
-        data = store.run["settings"].get("data")
-        total = data.get("images") if isinstance(data, Mapping) else None
-        costs_only = all(metric.family == "cost" for metric in board.summary.metrics)  # are taken of the first batch
-        if isinstance(total, int) and board.summary.images < total and not costs_only:
-            told = (
-                f"{folder} holds {board.summary.images} of the run's {total} images; the command that began it goes on"
-            )
-            warn_user(told)
+        if told := _unfinished(board):
+            warn_user(f"{folder} holds {told}; the same command goes on")
         return board
 
     @property
@@ -161,6 +161,24 @@ class Leaderboard:
     def _repr_markdown_(self) -> str:
         """What a notebook shows of a cell that ends with the board."""
         return self.to_markdown()
+
+
+def _unfinished(board: Leaderboard) -> str:
+    """What was measured where something was not, else nothing."""
+    settings, summary = board.run["settings"], board.summary
+    data = settings.get("data")
+    total = data.get("images") if isinstance(data, Mapping) else None
+    metrics = [name for name, told in settings["metrics"].items() if told["family"] != "cost"]  # of the first batch
+    if isinstance(total, int) and summary.images < total and metrics:
+        return f"{summary.images} of the run's {total} images"
+    measured = Counter((row.method, row.metric) for row in board.rows)
+    wanted = [(method, metric) for method in settings["methods"] for metric in metrics]
+    short = [cell for cell in wanted if measured[cell] < summary.images]
+    if not short:
+        return ""
+    method, metric = short[0]
+    more = f" (and {len(short) - 1} more)" if short[1:] else ""
+    return f"{metric} of {method}{more} for {measured[short[0]]} of {summary.images} images"
 
 
 def _facts(name: str, told: Mapping[str, Any]) -> MetricFacts:

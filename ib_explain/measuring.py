@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,8 +74,19 @@ class Measure:
             self._everyone = torch.cat(list(fixations))
             self._starts = [0, *itertools.accumulate(len(points) for points in fixations)]
 
-    def __call__(self, batch: ImageBatch, progress: Progress) -> tuple[list[Row], list[CurveBatch]]:
-        """The rows of a batch, none if only the cost is asked and known, and the curves behind some of them.
+    def lacking(self, batch: int, stored: Collection[tuple[str, str]] = ()) -> dict[str, list[Metric]]:
+        """By method, the metrics that a batch is to be measured by and is not yet; `stored` are (method, metric)."""
+        of_batch = [metric for metric in self.metrics if batch == 0 or metric.family != "cost"]
+        by_method = {
+            contender.name: [metric for metric in of_batch if (contender.name, metric.name) not in stored]
+            for contender in self.contenders
+        }
+        return {method: metrics for method, metrics in by_method.items() if metrics}
+
+    def __call__(
+        self, batch: ImageBatch, progress: Progress, stored: Collection[tuple[str, str]] = ()
+    ) -> tuple[list[Row], list[CurveBatch]]:
+        """The rows of a batch for what is not stored of it yet, and the curves behind some of them.
 
         Raises:
             IndexError: a label that is no class of the host.
@@ -84,8 +95,11 @@ class Measure:
         rows: list[Row] = []
         curves: list[CurveBatch] = []
         shared = self._case(batch)
+        lacking = self.lacking(batch.number, stored)
         for contender in self.contenders:
-            for metric, outcome in self._outcomes(contender, shared, with_cost=batch.number == 0).items():
+            if contender.name not in lacking:
+                continue
+            for metric, outcome in self._outcomes(contender, shared, lacking[contender.name]).items():
                 if outcome.status == "failed" and contender.name not in self._told:
                     self._told.add(contender.name)
                     progress.note(f"benchmark: {contender.name} failed under {metric}: {outcome.reason}")
@@ -109,11 +123,8 @@ class Measure:
             _problem(error)
             return None
 
-    def _outcomes(self, contender: Contender, shared: Case, *, with_cost: bool) -> dict[str, Outcome]:
+    def _outcomes(self, contender: Contender, shared: Case, metrics: Sequence[Metric]) -> dict[str, Outcome]:
         x, target, explain = shared.probe.x, shared.probe.target, self._explain(contender)
-        metrics = [metric for metric in self.metrics if with_cost or metric.family != "cost"]
-        if not metrics:
-            return {}
         try:
             maps = explain(self.host, x, target)
         except Exception as error:

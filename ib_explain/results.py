@@ -51,8 +51,9 @@ class RunStore:
     """What `run.json` says: format, fingerprint, settings, info, and the info of each later start under "resumed"."""
     rank: int = 0
     dropped: int = 0
-    """Rows of an unfinished batch that were found and dropped when the store was opened."""
+    """Lines of an unfinished batch that were found and dropped when the store was opened."""
     _done: set[int] = field(default_factory=set, repr=False)
+    _found: dict[int, list[Row]] = field(default_factory=dict, repr=False)
     _whole: dict[int, bool] = field(default_factory=dict, repr=False)
     _begun_here: bool = False
     _made_folder: bool = False
@@ -66,6 +67,7 @@ class RunStore:
         info: Mapping[str, Any] | None = None,
         *,
         rank: int = 0,
+        extend: bool = False,
     ) -> RunStore:
         """Start a run in `folder`, or go on with the one that is there.
 
@@ -77,6 +79,7 @@ class RunStore:
             info: what may differ between a start and its resumption: command, device, versions, reference method.
             rank: number of this process. Process 0 opens first and alone writes run.json; each process appends to a
                 file of its own, and all see what all had finished when they opened.
+            extend: take the run of a folder whose settings differ by lacking methods or metrics alone.
 
         Raises:
             TypeError: a setting that JSON cannot hold.
@@ -91,7 +94,7 @@ class RunStore:
             temporary = tempfile.TemporaryDirectory(prefix="ib-explain-")
             folder = temporary.name
         path = Path(folder)
-        run = check_folder(path, plain)
+        run = check_folder(path, plain, extend=extend)
         begun_here, made_folder = run is None and rank == 0, not path.exists()
         if run is None:
             if rank > 0:
@@ -99,13 +102,15 @@ class RunStore:
             run = {"format": FORMAT, "fingerprint": _fingerprint(plain), "settings": plain, "info": extra}
             run["resumed"] = []
         elif rank == 0:
+            run |= {"fingerprint": _fingerprint(plain), "settings": plain}
             run["resumed"].append(extra)
         if rank == 0:
             path.mkdir(parents=True, exist_ok=True)
             write_file(path / "run.json", _json(run))
         store = cls(path, run, rank, _begun_here=begun_here, _made_folder=made_folder, _temporary=temporary)
         store._clean()
-        store._done = set(store._batches())
+        store._found = store._batches()
+        store._done = set(store._found)
         return store
 
     @classmethod
@@ -124,30 +129,40 @@ class RunStore:
         return store
 
     def done(self, batch: int) -> bool:
-        """Whether all rows of this batch are stored."""
+        """Whether rows of this batch are stored."""
         return batch in self._done
+
+    def cells(self, batch: int) -> frozenset[tuple[str, str]]:
+        """Method and metric of each cell of a batch that was stored when the store was opened."""
+        return frozenset((row.method, row.metric) for row in self._found.get(batch, ()))
 
     def append(self, batch: int, rows: Sequence[Row], curves: Sequence[CurveBatch] = ()) -> None:
         """Store a finished batch, on disk when this returns. Either all of it counts or, after a crash, nothing.
 
         Args:
             batch: its number in the whole run, the same however many processes share the work.
-            rows: every cell of the batch, also those that failed or do not apply.
+            rows: every cell of the batch, also those that failed or do not apply; of a batch that was stored when the
+                store was opened those that it lacks. It is written again with them.
             curves: the whole curves behind some of the rows, if any.
 
         Raises:
-            ValueError: no rows, the same cell twice, or a batch that is already stored.
+            ValueError: no rows, the same cell twice, or a batch that this process has stored.
         """
-        if self.done(batch):
+        found = self._found.get(batch, [])
+        if self.done(batch) and not found:
             raise ValueError(f"batch {batch} is already stored in {self.folder}")
         if not rows:
             raise ValueError(f"batch {batch} has no rows")
+        rows = [*found, *rows]
         if len({row.key for row in rows}) < len(rows):
             raise ValueError(f"batch {batch} has more than one row for the same image, method and metric")
         # Curves first: the rows are what makes a batch count, so a batch that counts has its curves.
         if curves:
-            self._curves_path(batch).parent.mkdir(exist_ok=True)
-            write_file(self._curves_path(batch), curves_to_npz(curves))
+            curves_path = self._curves_path(batch)
+            curves_path.parent.mkdir(exist_ok=True)
+            former = read_curves(curves_path) if found and curves_path.exists() else []
+            unique = {(curve.method, curve.metric): curve for curve in (*former, *curves)}
+            write_file(curves_path, curves_to_npz([*unique.values()]))
         self._whole[batch] = True
         path = self._rows_path(self.rank)
         with path.open("ab") as file:
@@ -155,6 +170,7 @@ class RunStore:
             file.flush()
             os.fsync(file.fileno())
         self._done.add(batch)
+        self._found.pop(batch, None)
 
     def rows(self) -> list[Row]:
         """All rows of finished batches, of all processes, sorted by image, method, metric."""
@@ -167,10 +183,12 @@ class RunStore:
             ValueError: the curves of one method and metric have different fractions in two batches.
         """
         parts: dict[tuple[str, str], list[CurveBatch]] = defaultdict(list)
-        for batch in sorted(self._batches()):
+        for batch, rows in sorted(self._batches().items()):
+            cells = {(row.method, row.metric) for row in rows}
             if (path := self._curves_path(batch)).exists():
                 for part in read_curves(path):
-                    parts[part.method, part.metric].append(part)
+                    if (part.method, part.metric) in cells:  # a kill may have left curves whose rows are not there yet
+                        parts[part.method, part.metric].append(part)
         return [join_curves(parts[key]) for key in sorted(parts)]
 
     def discard_if_empty(self) -> None:
@@ -188,6 +206,7 @@ class RunStore:
         write_file(self.folder / "rows.csv", rows_to_csv(self._batches()))
         for path in self.folder.glob("rows-*.csv"):
             path.unlink()
+        self._found.clear()
 
     def copy_to(self, folder: Path) -> None:
         """Make `folder` hold this run too, unless it is this very folder.
@@ -218,13 +237,12 @@ class RunStore:
         return self.folder / "curves" / f"batch-{batch:06d}.npz"
 
     def _batches(self) -> dict[int, list[Row]]:
-        """Finished batches of all processes. One that two files hold counts once, as after an interrupted `finish`."""
+        """Finished batches of all processes. One that two files hold counts once, with the rows of the fuller one."""
         found: dict[int, list[Row]] = {}
         for path in sorted(self.folder.glob("rows*.csv")):
             for batch, rows in read_rows(path)[0].items():
-                if batch in found or not self._curves_whole(batch, rows):
-                    continue
-                found[batch] = rows
+                if len(rows) > len(found.get(batch, ())) and self._curves_whole(batch, rows):
+                    found[batch] = rows
         return found
 
     def _curves_whole(self, batch: int, rows: Sequence[Row]) -> bool:
@@ -249,8 +267,10 @@ class RunStore:
             write_file(path, rows_to_csv(batches))
 
 
-def check_folder(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def check_folder(folder: Path, settings: Mapping[str, Any], *, extend: bool = False) -> dict[str, Any] | None:
     """The content of run.json if `folder` holds a run with these settings, None if the folder can take a new run.
+
+    With `extend` the run may lack some of the methods and metrics.
 
     Raises:
         ValueError: the folder is a file, holds results without a run.json, or another run.
@@ -262,10 +282,13 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | 
         if stray := [path.name for pattern in OURS for path in folder.glob(pattern)]:
             raise ValueError(f"{folder} holds {', '.join(sorted(stray))} but no run.json; choose another folder")
         return None
-    if differences := _differences(run["settings"], _plain("settings", settings)):
+    differences = _differences(run["settings"], _plain("settings", settings))
+    lacks_some = not _differences(run["settings"], _shared(_plain("settings", settings), run["settings"]))
+    if differences and not (extend and lacks_some):
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         told = "; ".join(differences[:3])
-        raise ValueError(f"{folder} holds another run: {told}{more}. Choose another folder, or the same settings")
+        way = "extend the run (extend=True, --extend)" if lacks_some else "the same settings"
+        raise ValueError(f"{folder} holds another run: {told}{more}. Choose another folder, or {way}")
     return run
 
 
@@ -303,6 +326,16 @@ def _json(run: Mapping[str, Any]) -> str:
 
 def _fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _shared(settings: dict[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with those methods and metrics alone that a run has."""
+    grown = {
+        key: {name: told for name, told in settings[key].items() if name in run.get(key, {})}
+        for key in ("methods", "metrics")
+        if key in settings
+    }
+    return settings | grown
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -114,9 +114,10 @@ def rows_to_csv(batches: Mapping[int, Sequence[Row]], *, head: bool = True) -> s
 
 
 def read_rows(path: Path) -> tuple[dict[int, list[Row]], int]:
-    """The complete batches of one file by their number, and how many lines were left over.
+    """The complete batches of one file by their number, and how many lines are not theirs.
 
-    Each row says how many rows its batch has, so a batch cut off anywhere, even between two lines, is found out.
+    Each row says how many rows its batch has, so a batch cut off anywhere, even between two lines, is found out. Of a
+    batch that was written again with more rows (see `RunStore.append`) the longer writing is read.
 
     Raises:
         ValueError: the file has other columns.
@@ -135,7 +136,7 @@ def read_rows(path: Path) -> tuple[dict[int, list[Row]], int]:
             found[int(batch), int(batch_rows)].setdefault(row.key, row)
         except (ValueError, csv.Error, StopIteration):  # damaged: its batch is one short and drops as a whole
             continue
-    whole = {batch: list(rows.values()) for (batch, count), rows in found.items() if len(rows) == count}
+    whole = {batch: list(rows.values()) for (batch, count), rows in sorted(found.items()) if len(rows) == count}
     return whole, len(lines) - sum(map(len, whole.values())) + half
 
 

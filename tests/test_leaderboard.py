@@ -64,7 +64,7 @@ def test_unfinished_and_missing_runs(tmp_path):
     assert Leaderboard.read(tmp_path / "run").summary.images == 4
     store.run["settings"]["data"] = {"images": 6}
     (tmp_path / "run" / "run.json").write_text(json.dumps(store.run))
-    with pytest.warns(UserWarning, match=r"holds 4 of the run's 6 images; the command that began it goes on"):
+    with pytest.warns(UserWarning, match=r"holds 4 of the run's 6 images; the same command goes on"):
         Leaderboard.read(tmp_path / "run")
     with pytest.raises(ValueError, match="no rows of reference method 'grad-cam'; did you mean 'grad_cam'"):
         Leaderboard.read(tmp_path / "run", reference="grad-cam")

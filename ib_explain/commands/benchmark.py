@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         seed=args.seed,
         data_name=_data_name(args),
+        extend=args.extend,
     )
     if board.store.rank == 0:
         print(board)
