@@ -6,9 +6,11 @@ What a step does is in `ib_explain.training`.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +19,21 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
-from ib_explain.bottleneck.module import Bottleneck
+from ib_explain.bottleneck.module import Bottleneck, Restriction
+from ib_explain.checks import ONE_CLASS, check_bool, check_number, check_positive_int, did_you_mean
 from ib_explain.data.batches import Batches
 from ib_explain.modules import host_device, on_host
 from ib_explain.observation import observe
 from ib_explain.places import Place
 from ib_explain.progress import Progress
 from ib_explain.statistics import Moments, RunningMean, RunningMoments
+from ib_explain.targets import class_rows
 from ib_explain.training import PRECISIONS, FitSettings, Trainer
 
-__all__ = ["Statistics", "check_varies", "choose_precision", "doubts", "estimate_statistics", "launched", "train"]
+__all__ = ["OBJECTIVES", "Statistics", "check_fit_options", "check_varies", "choose_precision", "default_steps"]
+__all__ += ["doubts", "estimate_statistics", "launched", "new_bottleneck", "train"]
+
+OBJECTIVES = ("prediction", "label")
 
 STATISTICS_IMAGES = 2000
 # Of a fit whose number of steps is not given: without the gradient, evidence for a class has to be learned.
@@ -81,6 +88,35 @@ def choose_precision(precision: str | None, accelerator: Accelerator) -> str:
     return chosen
 
 
+def check_fit_options(
+    objective: str,
+    beta: float | None,
+    lr: float | None,
+    checkpoint: str | Path | None,
+    every: int | None,
+    resume: bool,
+    show_progress: bool,
+) -> None:
+    """Raise as `IBAttention.fit` says of its options, before anything is computed."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}{did_you_mean(str(objective), OBJECTIVES)}")
+    for name, value in (("beta", beta), ("lr", lr)):
+        if value is not None:
+            check_number(value, name, above=0)
+    if check_bool(resume, "resume") and checkpoint is None:
+        raise ValueError("resume=True needs checkpoint=FOLDER, got None")
+    if every is not None:
+        check_positive_int(every, "every")
+    if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
+        raise TypeError(f"checkpoint must be the name of a folder, got {type(checkpoint).__name__}")
+    check_bool(show_progress, "show_progress")
+
+
+def default_steps(reads: str, batch_size: int) -> int:
+    """Batches of a fit whose number is not given; `batch_size` over all processes."""
+    return max(100, round(DEFAULT_IMAGES[reads] / batch_size))
+
+
 def estimate_statistics(
     host: nn.Module,
     place: Place,
@@ -120,6 +156,39 @@ def estimate_statistics(
     check_varies(place.site.name, running[0].varies, running[0].images)
     site, *deep = [r.result().to(device) for r in running]
     return Statistics(site, deep, [s.to(device) for s in side.result()], classes)
+
+
+def new_bottleneck(
+    host: nn.Module,
+    found: Statistics,
+    *,
+    gate: str,
+    gradient: bool,
+    anchors: int,
+    relevance: bool,
+    seed: int,
+) -> Bottleneck:
+    """A bottleneck with the data's statistics and fresh weights, on the host's device.
+
+    Called inside `frozen`, which puts the user's random state back.
+
+    Raises:
+        ValueError: a host of one class.
+    """
+    if found.classes < 2:
+        raise ValueError(ONE_CLASS)
+    restriction = Restriction(gate, found.moments, found.side)
+    classes = None if gradient else class_rows(host, found.classes, seed)
+    torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed would seed all GPUs as well
+    bottleneck = Bottleneck(
+        restriction,
+        found.deep,
+        gradient=gradient,
+        classes=classes,
+        anchors=anchors,
+        relevance=found.classes if relevance else 0,
+    )
+    return bottleneck.to(host_device(host))
 
 
 def check_varies(layer: str, varies: bool, images: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -25,21 +24,23 @@ from ib_explain.checks import (
     check_bool,
     check_images,
     check_maps,
-    check_number,
     check_positive_int,
     did_you_mean,
     warn_user,
 )
 from ib_explain.data.batches import Batches, Share
+from ib_explain.data.origins import source_of
 from ib_explain.facts import weights_state, with_fresh_facts
 from ib_explain.files import replace_folder
 from ib_explain.fitting import (
-    DEFAULT_IMAGES,
+    check_fit_options,
     check_varies,
     choose_precision,
+    default_steps,
     doubts,
     estimate_statistics,
     launched,
+    new_bottleneck,
     train,
 )
 from ib_explain.hooks import LayerError, capture
@@ -63,21 +64,18 @@ from ib_explain.modules import find_module, host_device, host_dtype, module_name
 from ib_explain.observation import Observation, observe
 from ib_explain.outputs import bits_map, check_output, relevance_map
 from ib_explain.per_image import REFINING_LR, PerImageSettings, mask_pairs, optimise
-from ib_explain.places import Place, find_place
+from ib_explain.places import Place, check_reached, find_place, warn_of_leak
 from ib_explain.randomness import check_seed
-from ib_explain.reference import reference_statistics
+from ib_explain.reference import reference_statistics, warn_of_another_range
 from ib_explain.restricting import Plan, as_attention, passes_restricted
 from ib_explain.sites import Site, input_size_of
-from ib_explain.targets import Target, class_rows, spread_target
+from ib_explain.targets import Target, spread_target
 from ib_explain.training import FitSettings
 
 __all__ = ["IBAttention"]
 
 READS = ("gradient", "features")
 OPTIONS = ("gate", "reads", "anchors", "per_element", "relevance", "seed")  # that a saved bottleneck is built with
-OBJECTIVES = ("prediction", "label")
-LEAK_WORTH_A_WARNING = 0.05
-UNLIKE = 50.0  # mean square of normalised features: 1 by definition, up to 8 for pictures by the statistics of noise
 MODEL_CARD = "README.md"
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -250,7 +248,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             FileExistsError: the checkpoint's folder holds other files, a saved bottleneck or, without `resume`, an
                 interrupted fit.
         """
-        _check_fit_options(objective, beta, lr, checkpoint, every, resume, show_progress)
+        check_fit_options(objective, beta, lr, checkpoint, every, resume, show_progress)
         device = host_device(self.host)
         with frozen(self.forward_func) as host, torch.enable_grad(), launched(device) as accelerator:
             share = Share(accelerator.process_index, accelerator.num_processes)
@@ -260,7 +258,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             check_images(first, name="images from data", channels=channels_of(host))
             place = with_fresh_facts(host, lambda: self._find_place(host, first))
             self._check_place(place)
-            by_default = max(100, round(DEFAULT_IMAGES[self.reads] / (len(first) * share.world)))
+            by_default = default_steps(self.reads, len(first) * share.world)
             settings = FitSettings(
                 steps=check_positive_int(by_default if steps is None else steps, "steps"),
                 beta=None if beta is None else float(beta),
@@ -278,7 +276,22 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                     seen = begins if accelerator.is_main_process else None
                     state = read_checkpoint(checkpoint, description, dataclasses.asdict(settings), seen)
             if state is None:
-                bottleneck = self._start(host, place, batches, accelerator, show_progress)
+                found = estimate_statistics(
+                    host,
+                    place,
+                    batches,
+                    per_element=self.per_element,
+                    show_progress=show_progress and accelerator.is_main_process,
+                )
+                bottleneck = new_bottleneck(
+                    host,
+                    found,
+                    gate=self.gate,
+                    gradient=self.reads == "gradient",
+                    anchors=self.anchors,
+                    relevance=self.relevance,
+                    seed=self.seed,
+                )
             else:
                 bottleneck = self._empty(state["weights"], place).to(device)
 
@@ -302,7 +315,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         self._fitted_to, self._weights_seen = description["host"], self._weights_now()
         self._settle(place)
         images = int(bottleneck.restriction.moments.get_buffer("count"))
-        about = {"layer": place.site.name, "device": str(device), "data": _source(data)}
+        about = {"layer": place.site.name, "device": str(device), "data": source_of(data)}
         self.record = {**about, "statistics_images": images, "versions": versions(), **record}
         for told in doubts(self.record):
             warn_user(told)
@@ -548,17 +561,10 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         return place
 
     def _check_place(self, place: Place) -> None:
-        """Refuse a layer that nothing can be fitted at, and warn of one that is no cut."""
-        if place.site.reached == 0 and not math.isnan(place.site.leak):  # NaN: the same logits for all images
-            raise ValueError(
-                f"no gradient of the logits reaches the grid of layer {place.site.name!r}: they do not depend on it, "
-                "or the model's forward runs behind it under no_grad or detaches, or runs it inside "
-                "torch.utils.checkpoint; name an earlier layer"
-            )
-        leak = place.site.leak
-        if leak > LEAK_WORTH_A_WARNING and self.gate != "residual" and place != self._place:
-            told = f"layer {place.site.name!r} is no cut: {leak:.0%} of the logits' spread flows around its grid"
-            warn_user(f"{told}, so its bits do not bound what the model uses")
+        """Refuse a layer that nothing can be fitted at, and warn, once, of one that is no cut."""
+        check_reached(place.site)
+        if self.gate != "residual" and place != self._place:
+            warn_of_leak(place.site)
 
     def _weights_now(self) -> tuple[int, torch.dtype]:
         """What changes with the host's weights, and their precision."""
@@ -586,34 +592,6 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         """What a saved bottleneck or a checkpoint says of itself."""
         options = {name: getattr(self, name) for name in OPTIONS}
         return {**place.to_json(), **options, "data_config": data_config(self.host)}
-
-    def _start(
-        self, host: nn.Module, place: Place, batches: Batches, accelerator: Any, show_progress: bool
-    ) -> Bottleneck:
-        """A bottleneck with the data's statistics and fresh weights."""
-        found = estimate_statistics(
-            host,
-            place,
-            batches,
-            per_element=self.per_element,
-            show_progress=show_progress and accelerator.is_main_process,
-        )
-        if found.classes < 2:
-            raise ValueError(ONE_CLASS)
-        gradient = self.reads == "gradient"
-        restriction = Restriction(self.gate, found.moments, found.side)
-        classes = None if gradient else class_rows(host, found.classes, self.seed)
-        # Inside `frozen`, which puts the user's random state back; torch.manual_seed would seed all GPUs as well.
-        torch.default_generator.manual_seed(self.seed % 2**63)
-        bottleneck = Bottleneck(
-            restriction,
-            found.deep,
-            gradient=gradient,
-            classes=classes,
-            anchors=self.anchors,
-            relevance=found.classes if self.relevance else 0,
-        )
-        return bottleneck.to(host_device(host))
 
     def _require_fitted(self) -> Bottleneck:
         if self._bottleneck is None:
@@ -699,7 +677,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
                 start = self.bottleneck.attend(seen).value if from_fit else None
                 evidence = self._evidence(host, x, seen, settings, args) if from_fit else None
                 if reference is None and not self.fitted:
-                    _warn_of_another_range(restriction, seen)
+                    warn_of_another_range(restriction.moments(seen.features))
                 attention = optimise(restriction, seen, place.site.layout, settings, start, evidence)
                 as_bits = output == "bits"
                 maps = bits_map(restriction, seen, attention, place, size) if as_bits else resize(attention, size)
@@ -747,47 +725,5 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         return Plan(restriction, seen, place.site.layout, value)
 
 
-def _check_fit_options(
-    objective: str,
-    beta: float | None,
-    lr: float | None,
-    checkpoint: str | Path | None,
-    every: int | None,
-    resume: bool,
-    show_progress: bool,
-) -> None:
-    """Raise as `IBAttention.fit` says, before anything is computed."""
-    if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}{did_you_mean(str(objective), OBJECTIVES)}")
-    for name, value in (("beta", beta), ("lr", lr)):
-        if value is not None:
-            check_number(value, name, above=0)
-    if check_bool(resume, "resume") and checkpoint is None:
-        raise ValueError("resume=True needs checkpoint=FOLDER, got None")
-    if every is not None:
-        check_positive_int(every, "every")
-    if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
-        raise TypeError(f"checkpoint must be the name of a folder, got {type(checkpoint).__name__}")
-    check_bool(show_progress, "show_progress")
-
-
-def _warn_of_another_range(restriction: Restriction, seen: Observation) -> None:
-    """Statistics of noise of unit variance do not hold for a host that takes 0..255, say, and normalises by itself."""
-    spread = float(restriction.moments(seen.features).square().mean())
-    if spread > UNLIKE:
-        warn_user(
-            f"the images' features lie {spread**0.5:.0f} standard deviations from those of the noise that stands for "
-            "data where nothing is fitted, so bits mean little; give reference=images as the model takes them, or fit"
-        )
-
-
 def _size(x: Tensor) -> tuple[int, int, int]:
     return int(x.shape[1]), int(x.shape[2]), int(x.shape[3])
-
-
-def _source(data: Any) -> str:
-    """A line that tells where the training images came from."""
-    dataset = getattr(data, "dataset", None)
-    root = getattr(dataset, "root", None) or getattr(getattr(dataset, "reader", None), "root", None)
-    kind = type(data).__name__ if dataset is None else f"{type(data).__name__} over {type(dataset).__name__}"
-    return f"{kind} at {root}" if root else kind

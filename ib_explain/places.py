@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from ib_explain.checks import warn_user
 from ib_explain.io import layout_from_json
 from ib_explain.layouts import Layout
 from ib_explain.sites import Site, deeper_sites, layouts_of, resolve_site
 
-__all__ = ["Place", "find_place"]
+__all__ = ["Place", "check_reached", "find_place", "warn_of_leak"]
+
+LEAK_WORTH_A_WARNING = 0.05
 
 
 @dataclass(frozen=True)
@@ -92,3 +96,20 @@ def find_place(
     """Resolve a layer (None: the default one) and, if asked, the layers to read behind it."""
     site = resolve_site(model, layer, size, args)
     return Place(site, tuple(deeper_sites(model, site, args)) if read else ())
+
+
+def check_reached(site: Site) -> None:
+    """Refuse a layer that nothing can be fitted at."""
+    if site.reached == 0 and not math.isnan(site.leak):  # NaN: the same logits for all images
+        raise ValueError(
+            f"no gradient of the logits reaches the grid of layer {site.name!r}: they do not depend on it, or the "
+            "model's forward runs behind it under no_grad or detaches, or runs it inside torch.utils.checkpoint; name "
+            "an earlier layer"
+        )
+
+
+def warn_of_leak(site: Site) -> None:
+    """Warn of a layer that is no cut."""
+    if site.leak > LEAK_WORTH_A_WARNING:
+        told = f"layer {site.name!r} is no cut: {site.leak:.0%} of the logits' spread flows around its grid"
+        warn_user(f"{told}, so its bits do not bound what the model uses")

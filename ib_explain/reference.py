@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ib_explain.checks import check_images
+from ib_explain.checks import check_images, warn_user
 from ib_explain.facts import remembered
 from ib_explain.hooks import capture
 from ib_explain.lending import run_host
@@ -19,8 +19,9 @@ from ib_explain.sites import Site
 from ib_explain.statistics import Moments, RunningMean, RunningMoments
 from ib_explain.stripes import probe_images
 
-__all__ = ["Reference", "reference_statistics"]
+__all__ = ["Reference", "reference_statistics", "warn_of_another_range"]
 
+UNLIKE = 50.0  # mean square of normalised features: 1 by definition, up to 8 for pictures by the statistics of noise
 NOISE_IMAGES = 32
 NOISE_SEED = 7
 ROWS = 32  # of one forward pass where the caller has no wish
@@ -131,3 +132,17 @@ def _outputs(host: nn.Module, site: Site, images: Tensor, rows: int, args: tuple
         with torch.no_grad(), capture(host, [site.name], stop=True) as seen:
             run_host(host, on_host(part, host), args)
         yield seen[site.name]
+
+
+def warn_of_another_range(features: Tensor) -> None:
+    """Statistics of noise of unit variance do not hold for a host that takes 0..255, say, and normalises by itself.
+
+    Args:
+        features: of images, normalised by the statistics of noise.
+    """
+    spread = float(features.square().mean())
+    if spread > UNLIKE:
+        warn_user(
+            f"the images' features lie {spread**0.5:.0f} standard deviations from those of the noise that stands for "
+            "data where nothing is fitted, so bits mean little; give reference=images as the model takes them, or fit"
+        )

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from ib_explain.data.boxes import BoxImages
 from ib_explain.data.images import ImageFiles
 
-__all__ = ["check_outside", "class_folders", "root_of"]
+__all__ = ["check_outside", "class_folders", "root_of", "source_of"]
 
 
 def class_folders(data: Any) -> list[str] | None:
@@ -54,6 +54,14 @@ def check_outside(out: str | os.PathLike[str], root: Path | None) -> None:
     begun = (place / "run.json").is_file() or (place / "config.json").is_file()
     if place == above or (above in place.parents and not begun):
         raise ValueError(f"out must not lie in the folder of the data, {root}; got {out}")
+
+
+def source_of(data: Any) -> str:
+    """A line that tells what kind of data these are, and of which folder."""
+    dataset = getattr(data, "dataset", None)
+    root = getattr(dataset, "root", None) or getattr(getattr(dataset, "reader", None), "root", None)
+    kind = type(data).__name__ if dataset is None else f"{type(data).__name__} over {type(dataset).__name__}"
+    return f"{kind} at {root}" if root else kind
 
 
 def _behind(data: Any) -> Any:
