@@ -94,7 +94,7 @@ def test_the_readmes_figures_are_those_of_the_committed_table():
 
 
 def test_the_table_of_many_passes_is_that_of_its_run():
-    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8").split("## RISE and others of many passes")[1]
+    page = (ROOT / "docs" / "quality_hosts.md").read_text(encoding="utf-8").split("## RISE and others of many passes")[1]
     run = json.loads((RESULTS / "quality" / "reference" / "many_passes.json").read_text())
     lines = [line for line in page.split("\n## ")[0].splitlines() if line.startswith("| `")]
     assert [line.split("`")[1] for line in lines] == list(run["scores"])
@@ -111,8 +111,8 @@ def test_the_table_of_many_passes_is_that_of_its_run():
                 assert mark == ("" if low <= 0 <= high else "▲" if low * better > 0 else "▼"), (line, metric)
 
 
-def test_the_tables_of_the_quality_page_are_those_of_the_committed_runs():
-    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+def test_the_tables_of_the_hosts_are_those_of_the_committed_runs():
+    page = (ROOT / "docs" / "quality_hosts.md").read_text(encoding="utf-8")
     sections = [  # with the least number of rows
         ("reference/table", "## The reference host", 20),
         ("reference/table", "### Further methods", 10),
