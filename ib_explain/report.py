@@ -176,8 +176,10 @@ def _measured(summary: Summary, run: Mapping[str, Any]) -> str:
         f"<div><dt>{escape(str(key).replace('_', ' '))}</dt><dd>{escape(flat(value))}</dd></div>"
         for key, value in facts.items()
     )
-    command = f"<pre><code>{escape(str(info['command']))}</code></pre>" if info.get("command") else ""
-    return f'<dl class="facts">{entries}</dl>\n{command}\n'
+    # One that went on with other options, or extended the run, stands below the first.
+    commands = "\n".join(dict.fromkeys(str(start["command"]) for start in (info, *resumed) if start.get("command")))
+    shown = f"<pre><code>{escape(commands)}</code></pre>" if commands else ""
+    return f'<dl class="facts">{entries}</dl>\n{shown}\n'
 
 
 def _leaderboard(summary: Summary, notes: Notes) -> str:

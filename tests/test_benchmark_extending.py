@@ -49,7 +49,10 @@ def rows_file(folder):
 def test_methods_and_metrics_are_added_to_the_same_file_as_a_whole_run_gives(host, data, tmp_path):
     measure(host, data, [*METHODS, mine], METRICS, out=tmp_path / "run")
     assert len(ASKED) == 3
-    all_methods, all_metrics = [other, *METHODS, mine], ["deletion", *METRICS, "forward_passes", "sparsity_max_over_mean"]
+    all_methods, all_metrics = (
+        [other, *METHODS, mine],
+        ["deletion", *METRICS, "forward_passes", "sparsity_max_over_mean"],
+    )
     whole = measure(host, data, all_methods, all_metrics, out=tmp_path / "whole")
     ASKED.clear()
     measure(host, data, [other, *METHODS, mine], METRICS, out=tmp_path / "run", extend=True)

@@ -94,7 +94,9 @@ def test_the_readmes_figures_are_those_of_the_committed_table():
 
 
 def test_the_table_of_many_passes_is_that_of_its_run():
-    page = (ROOT / "docs" / "quality_hosts.md").read_text(encoding="utf-8").split("## RISE and others of many passes")[1]
+    page = (
+        (ROOT / "docs" / "quality_hosts.md").read_text(encoding="utf-8").split("## RISE and others of many passes")[1]
+    )
     run = json.loads((RESULTS / "quality" / "reference" / "many_passes.json").read_text())
     lines = [line for line in page.split("\n## ")[0].splitlines() if line.startswith("| `")]
     assert [line.split("`")[1] for line in lines] == list(run["scores"])

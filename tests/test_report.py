@@ -253,9 +253,15 @@ def test_nothing_ran_still_reports(board):
 
 
 def test_resumed_run_says_so(board, undrawn):
-    run = {"info": {"device": "cpu"}, "resumed": [{"device": "cuda"}, {"device": "cpu"}]}
+    starts = [
+        {"device": "cpu", "command": "a b"},
+        {"device": "cuda", "command": "a b"},
+        {"device": "cpu", "command": "a c"},
+    ]
+    run = {"info": starts[0], "resumed": starts[1:]}
     text = re.sub("<[^>]+>", " ", report_html(board.summary, run))
     assert re.search(r"resumed\s+2 times", text) and re.search(r"device when resumed\s+cuda", text)
+    assert re.search(r"a b\na c\s", text)  # each command once
 
 
 def test_bars_place_values():
