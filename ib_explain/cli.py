@@ -235,6 +235,9 @@ def _host(parser: argparse.ArgumentParser, *, layer: str) -> None:
     group.add_argument("--checkpoint", type=Path, metavar="FILE", help="your weights, a state dict as timm saves it")
     group.add_argument("--num-classes", type=_positive, metavar="N", help="number of classes, if not the model's own")
     group.add_argument("--input-size", type=_size, metavar="N|HxW", help="size of the input, if not the model's own")
+    group.add_argument(
+        "--in-chans", type=_positive, metavar="N", help="image channels, if not the model's own (1: grey)"
+    )
     group.add_argument("--layer", metavar="NAME", help=layer)
 
 
@@ -244,6 +247,9 @@ def _data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--split", metavar="NAME", help='folder or tar file in ROOT, such as "train" or "val"')
     named = 'data by timm\'s name, such as "hfds/..."; without --split its training images for fit, else for validation'
     group.add_argument("--dataset", default="", metavar="NAME", help=named)
+    for name, what in (("mean", "mean"), ("std", "standard deviation")):
+        told = f"{what} that images are normalised by, one or one a channel, if not the model's own"
+        group.add_argument(f"--{name}", type=_numbers, metavar="R,G,B", help=told)
     several = "processes that read images (default: 2, on one processor 1)"
     group.add_argument("--workers", type=_natural, default=min(2, _processors()), metavar="N", help=several)
 
@@ -309,6 +315,13 @@ def _size(text: str) -> tuple[int, int]:
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise argparse.ArgumentTypeError(f"must be a side such as 224 or HxW such as 192x256, got {text!r}")
     return int(sides[0]), int(sides[-1])
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, or one a channel such as .5,.5,.5, got {text!r}") from None
 
 
 class _Parser(argparse.ArgumentParser):

@@ -22,6 +22,9 @@ def load_host(
     checkpoint: str | Path | None = None,
     num_classes: int | None = None,
     input_size: tuple[int, int] | None = None,
+    in_chans: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
     device: str | torch.device | None = None,
 ) -> nn.Module:
     """Create a timm model in eval mode.
@@ -34,6 +37,9 @@ def load_host(
         checkpoint: file of a state dict, .safetensors or torch.save's, as timm writes it (averaged weights first).
         num_classes: where it is not the model's own.
         input_size: (H, W); needed here only by models that are built for one size.
+        in_chans: image channels, where they are not the model's own.
+        mean, std: of each channel, or one for all, by which the model's images are normalised, where that is not as in
+            timm's config; that of the model is changed.
         device: "cpu", "cuda", "cuda:1", ...; None picks one.
 
     Raises:
@@ -48,6 +54,8 @@ def load_host(
     if not from_source and not timm.is_model(name.rsplit("/", 1)[-1]):
         raise ValueError(f"unknown model {name!r}{_near_models(name)}")
     options: dict[str, Any] = {"num_classes": num_classes}
+    if in_chans is not None:
+        options["in_chans"] = in_chans
     if input_size is not None and not from_source and _has_fixed_size(name):
         options["img_size"] = input_size
     weights = pretrained or (from_source and checkpoint is None)
@@ -59,6 +67,9 @@ def load_host(
         raise _as_ours(error, name) from error
     if checkpoint is not None:
         _load(model, Path(checkpoint), name)
+    normalised = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
+    if normalised:
+        model.pretrained_cfg = timm_config(model) | normalised  # type: ignore[assignment]
     return model.eval().to(target)
 
 

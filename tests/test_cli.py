@@ -498,6 +498,29 @@ def test_a_model_from_a_local_folder_comes_with_its_weights(tmp_path):
     assert class_names(found) == ["x", "y", "z"]
 
 
+def test_a_grey_model_with_a_normalisation_of_its_own(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        Image.fromarray(pixels + number).save(tmp_path / "pictures" / f"{number}.png")
+    words = ["test_resnet", "--num-classes", "3", "--input-size", "32", "--in-chans", "1", "--device", "cpu"]
+    normalised = ["--mean", ".4", "--std", ".3", "--workers", "0"]
+    assert main(["layers", *words]) == 0
+    fit = ["--data", str(tmp_path / "pictures"), "--steps", "2", "--batch-size", "3", "--out", str(tmp_path / "ib")]
+    assert main(["fit", *words, *normalised, *fit]) == 0, capsys.readouterr().err
+    config = json.loads((tmp_path / "ib" / "config.json").read_text())
+    assert config["input_size"] == [1, 32, 32] and config["data_config"] == {"mean": [0.4], "std": [0.3]}
+    where = ["--bottleneck", str(tmp_path / "ib"), "--out", str(tmp_path / "maps"), str(tmp_path / "pictures")]
+    assert main(["attribute", *words, *normalised, *where]) == 0, capsys.readouterr().err
+    assert len(list((tmp_path / "maps").glob("*.npz"))) == 3
+    capsys.readouterr()
+    said = fails(capsys, "layers", *words[:-4], "--in-chans", "0")
+    assert said.startswith("argument --in-chans: must be an integer >= 1")
+    said = fails(capsys, "attribute", *words, "--mean", "a,b", *where)
+    assert said.startswith("argument --mean: must be a number, or one a channel such as .5,.5,.5, got 'a,b'")
+    assert "mean and std must hold 1 values" in fails(capsys, "attribute", *words, "--mean", "1,2", *where)
+
+
 def test_names_of_classes():
     host = timm.create_model("test_resnet")
     assert class_names(host) is None

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ib_explain.data.images import ImageFiles, LabelledImages, images_of, list_images, open_dataset, read_image
-from ib_explain.data.preprocessing import Placement, preprocess
+from ib_explain.data.preprocessing import Placement, denormalize, preprocess
 from ib_explain.metrics.ground_truth import boxes_to_masks
 from tests.pictures import host, picture, plain, save, two_splits
 
@@ -103,6 +103,30 @@ def test_nothing_is_guessed_for_other_hosts():
         preprocess(host(), size=32, mean=(0, 0, 0))
     white = preprocess(host(), size=8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))(Image.new("RGB", (9, 9), "white"))
     torch.testing.assert_close(white, torch.full((3, 8, 8), 2.0))
+
+
+def test_a_host_of_one_channel_gets_grey_pictures():
+    import timm
+
+    model = timm.create_model("test_resnet", in_chans=1, num_classes=2).eval()
+    assert len(model.pretrained_cfg["mean"]) == 3  # timm keeps them
+    own = preprocess(model, size=32, crop_pct=1.0)
+    assert own.mean == (pytest.approx(sum(model.pretrained_cfg["mean"]) / 3),) and len(own.std) == 1
+    image = picture(32, 32)
+    grey = torch.from_numpy(np.asarray(image.convert("L"))) / 255
+    for mode in ("center", "squash", "border"):
+        given = preprocess(model, size=32, crop_pct=1.0, crop_mode=mode, mean=0.5, std=0.25)
+        torch.testing.assert_close(given(image), (grey[None] - 0.5) / 0.25)
+        padded = preprocess(model, size=(32, 48), crop_pct=1.0, crop_mode=mode, mean=0.5, std=0.25)(image)
+        assert padded.shape == (1, 32, 48)
+    assert model(given(image)[None]).shape == (1, 2)
+    torch.testing.assert_close(denormalize(own(image)[None], model=model)[0], grey.expand(3, -1, -1), atol=1e-5, rtol=0)
+    other = preprocess(host(), size=32, mean=(0.5,), std=(0.25,), crop_pct=1.0)  # of a host that timm did not make
+    torch.testing.assert_close(other(image), (grey[None] - 0.5) / 0.25)
+    with pytest.raises(ValueError, match="the model takes 6 channels, a picture has 3, or 1 in grey"):
+        preprocess(timm.create_model("test_resnet", in_chans=6))
+    with pytest.raises(ValueError, match="mean and std must hold 1 values"):
+        preprocess(model, mean=(0.1, 0.2))
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,16 @@ def load_with_size(
         checkpoint=args.checkpoint,
         num_classes=args.num_classes,
         input_size=wanted,
+        in_chans=args.in_chans,
+        mean=getattr(args, "mean", None),
+        std=getattr(args, "std", None),
         device=args.device,
     )
     if not has_timm_weights(args) and args.checkpoint is None:
         note(f"warning: {args.model} has random weights; give --pretrained or --checkpoint FILE")
-    size = (3, *wanted) if wanted else input_size_of(host)
+    size = input_size_of(host)
+    if wanted:
+        size = (size[0], *wanted)
     try:
         with torch.no_grad():
             run_host(host, torch.zeros(1, *size, device=host_device(host)))

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ib_explain.checks import check_images, check_positive_int
-from ib_explain.hosts import timm_data_config
+from ib_explain.hosts import channels_of, timm_data_config
 from ib_explain.modules import unwrap
 
 __all__ = ["Channels", "CropMode", "Placement", "Preprocess", "denormalize", "preprocess"]
@@ -79,11 +79,12 @@ class Placement:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """A host's preprocessing at test time: a picture to its input (3, H, W), made by timm from these fields."""
+    """A host's preprocessing at test time: a picture to its input (C, H, W), made by timm from these fields."""
 
     size: tuple[int, int]
     """(H, W) of the input."""
     mean: tuple[float, ...]
+    """One a channel: of three, or the one of a host that takes grey pictures."""
     std: tuple[float, ...]
     crop_pct: float
     """The picture is resized to size / crop_pct before the window is cut from its middle."""
@@ -94,8 +95,8 @@ class Preprocess:
     """timm's name: "bicubic", "bilinear", ..."""
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Return the normalised input, (3, H, W) float32."""
-        return self._transform(image)
+        """Return the normalised input, (C, H, W) float32, C = 3, or 1 of the picture's luminance (ITU-R 601-2)."""
+        return self._transform(image.convert("L") if len(self.mean) == 1 else image)
 
     def placement(self, original: tuple[int, int]) -> Placement:
         """Where the pixels of a picture of (h, w) = `original` end up: the geometry of `__call__`."""
@@ -118,7 +119,7 @@ class Preprocess:
         from timm.data import create_transform
 
         return create_transform(
-            (3, *self.size),
+            (len(self.mean), *self.size),
             is_training=False,
             interpolation=self.interpolation,
             mean=self.mean,
@@ -141,20 +142,26 @@ def preprocess(
     """Return the host's own preprocessing, from timm's data config; what is given here goes before it.
 
     A host that timm did not make carries no such config, and nothing is guessed: it needs `size`, `mean` and `std`; the
-    rest is then the usual 0.875, "center" and "bicubic". `crop_mode="squash", crop_pct=1.0` keeps the whole picture.
+    rest is then the usual 0.875, "center" and "bicubic". `crop_mode="squash", crop_pct=1.0` keeps the whole picture. To
+    a host of one channel pictures come in grey; where its config has three values (timm leaves those of the coloured
+    model), their average is taken.
 
     Args:
         model: the host.
         size: side, or (H, W), of the input.
-        mean: of each channel, or one number for all, for pixels in [0, 1].
+        mean: of each channel, or one number for all, for pixels in [0, 1]. For a host that timm did not make, a
+            sequence of one tells that it takes grey pictures.
         std: likewise, > 0.
         crop_pct: in (0, 1].
         crop_mode: "center", "squash" or "border".
         interpolation: timm's name of the resize's filter.
 
     Raises:
-        ValueError: no config and no size, mean and std; a value out of range.
+        ValueError: no config and no size, mean and std; a value out of range; a host of other than 1 or 3 channels.
     """
+    channels = channels_of(model) or (3 if mean is None or isinstance(mean, int | float) else len(mean))
+    if channels not in (1, 3):
+        raise ValueError(f"the model takes {channels} channels, a picture has 3, or 1 in grey; make the input yourself")
     config: dict[str, Any] = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
     if (own := timm_data_config(model)) is not None:
         config = own
@@ -176,8 +183,8 @@ def preprocess(
         raise ValueError(f"{name} carries no timm preprocessing (pretrained_cfg); give {', '.join(missing)}")
     result = Preprocess(
         size=(check_positive_int(config["size"][0], "size"), check_positive_int(config["size"][1], "size")),
-        mean=_channels(config["mean"]),
-        std=_channels(config["std"]),
+        mean=_of_channels(config["mean"], channels),
+        std=_of_channels(config["std"], channels),
         crop_pct=float(config["crop_pct"]),
         crop_mode=config["crop_mode"],
         interpolation=config["interpolation"],
@@ -186,8 +193,8 @@ def preprocess(
         raise ValueError(f"crop_pct must be in (0, 1], got {result.crop_pct}")
     if result.crop_mode not in get_args(CropMode):
         raise ValueError(f"crop_mode must be one of {', '.join(get_args(CropMode))}, got {result.crop_mode!r}")
-    if len(result.mean) != 3 or len(result.std) != 3 or min(result.std) <= 0:
-        raise ValueError(f"mean and std must hold 3 values, std > 0, got {result.mean} and {result.std}")
+    if len(result.mean) != channels or len(result.std) != channels or min(result.std) <= 0:
+        raise ValueError(f"mean and std must hold {channels} values, std > 0, got {result.mean} and {result.std}")
     return result
 
 
@@ -218,8 +225,11 @@ def denormalize(x: Tensor, *, model: nn.Module | None = None, mean: Channels = N
     return images.clamp(0, 1).expand(-1, 3, -1, -1)
 
 
-def _channels(given: float | Sequence[float]) -> tuple[float, ...]:
-    return (float(given),) * 3 if isinstance(given, int | float) else tuple(float(value) for value in given)
+def _of_channels(given: float | Sequence[float], channels: int) -> tuple[float, ...]:
+    values = [float(given)] if isinstance(given, int | float) else [float(value) for value in given]
+    if channels == 1 and len(values) == 3:  # timm keeps three of a model that was made for grey images
+        values = [sum(values) / 3]
+    return tuple(values * channels if len(values) == 1 else values)
 
 
 def _offset(there: int, window: int) -> int:
