@@ -201,7 +201,7 @@ def _open(
 
 
 def _metrics(names: Any) -> list[Metric]:
-    if isinstance(names, str) or not isinstance(names, Iterable):
+    if isinstance(names, str | Mapping) or not isinstance(names, Iterable):
         came = f"the string {names!r}; write [{names!r}]" if isinstance(names, str) else type(names).__name__
         raise TypeError(f"metrics must be a list of names, got {came}")
     names = list(names)

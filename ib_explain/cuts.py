@@ -20,9 +20,10 @@ from ib_explain.statistics import RunningMoments
 from ib_explain.stripes import probe_batch
 from ib_explain.tails import Tail, TailRecorder
 
-__all__ = ["CleanPass", "CutFigures"]
+__all__ = ["ANSWERS_DIFFER", "CleanPass", "CutFigures", "answers_differ"]
 
 PROBE_BATCH = 3
+ANSWERS_DIFFER = "the model gives other logits each time for the same images, as with dropout in eval mode"
 
 
 class CutFigures(NamedTuple):
@@ -33,6 +34,14 @@ class CutFigures(NamedTuple):
     reached: float
     pooled: bool
     skippable: bool
+
+
+def answers_differ(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -> bool:
+    """Whether the host draws random numbers: what differs between two of its passes then looks like a leak."""
+    with frozen(host), torch.no_grad():
+        x = probe_batch(host, PROBE_BATCH, size)
+        first, second = run_host(host, x, args), run_host(host, x, args)
+    return not torch.allclose(first, second, rtol=1e-2, atol=1e-2 * float(first.float().std()))
 
 
 class CleanPass:

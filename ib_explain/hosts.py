@@ -230,7 +230,9 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
         told = "it is neither safetensors nor a torch state dict"
         raise ValueError(f"cannot read checkpoint {path}: {told}") from None
     if not found or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"checkpoint {path} must hold named tensors, the state dict of a model")
+        holds = ", ".join(map(repr, list(found)[:6])) if found else "nothing"
+        told = f"must hold named tensors, the state dict of a model (alone, or as 'state_dict' or 'model'), got {holds}"
+        raise ValueError(f"checkpoint {path} {told}")
     expected = model.state_dict()
     missing, others = [k for k in expected if k not in found], [k for k in found if k not in expected]
     if missing or others:

@@ -64,7 +64,7 @@ from ib_explain.modules import find_module, host_device, host_dtype, module_name
 from ib_explain.observation import Observation, observe
 from ib_explain.outputs import bits_map, check_output, relevance_map
 from ib_explain.per_image import REFINING_LR, PerImageSettings, mask_pairs, optimise
-from ib_explain.places import Place, check_reached, find_place, warn_of_leak
+from ib_explain.places import Place, check_reached, find_place, warn_of_leak, warn_of_window
 from ib_explain.randomness import check_seed
 from ib_explain.reference import reference_statistics, warn_of_another_range
 from ib_explain.restricting import Plan, as_attention, passes_restricted
@@ -312,7 +312,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             )
         # Only now: a run that is interrupted leaves an earlier fit as it was.
         self._bottleneck = bottleneck.requires_grad_(False)
-        self._fitted_to, self._weights_seen = description["host"], self._weights_now()
+        self._fitted_to, self._weights_seen = host_facts(self.host), self._weights_now()
         self._settle(place)
         images = int(bottleneck.restriction.moments.get_buffer("count"))
         about = {"layer": place.site.name, "device": str(device), "data": source_of(data)}
@@ -560,11 +560,14 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         self.layer = find_module(self.host, place.site.name)
         return place
 
-    def _check_place(self, place: Place) -> None:
+    def _check_place(self, place: Place, args: tuple[Any, ...] = ()) -> None:
         """Refuse a layer that nothing can be fitted at, and warn, once, of one that is no cut."""
         check_reached(place.site)
-        if self.gate != "residual" and place != self._place:
-            warn_of_leak(place.site)
+        if place == self._place:
+            return
+        warn_of_window(place.site)
+        if self.gate != "residual":
+            warn_of_leak(self.host, place.site, args)
 
     def _weights_now(self) -> tuple[int, torch.dtype]:
         """What changes with the host's weights, and their precision."""
@@ -621,7 +624,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
             if self._place is None or not self.fitted:
                 # By what was asked for: an image of another size may have another default layer.
                 place = find_place(host, self.asked_layer, size, args)
-                self._check_place(place)
+                self._check_place(place, args)
                 self._settle(place)
             elif self._place.input_size == size:
                 place = self._place

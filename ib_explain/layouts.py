@@ -41,6 +41,8 @@ class Layout:
         others: paths of the other float tensors of the output that have the batch on their first axis.
         verified: "probe" (score >= 0.85 over at least 9 positions), or "shape" where the probe could not tell and
             only one reading fits.
+        aligned: the grid and the image cover the same area. False where a tenth of the image's rows or columns reaches
+            no position, or a row or column of the grid sees nothing: the host crops or pads its images.
     """
 
     path: tuple[int | str, ...]
@@ -55,6 +57,7 @@ class Layout:
     score: float
     verified: str
     others: tuple[tuple[int | str, ...], ...] = ()
+    aligned: bool = True
 
     @property
     def has_side(self) -> bool:

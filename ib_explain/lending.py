@@ -7,12 +7,14 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ib_explain.buffers import buffers_kept
+from ib_explain.checks import warn_user
 from ib_explain.hooks import ours, registered, uninterrupted
 from ib_explain.modules import host_device, host_dtype, unwrap
 from ib_explain.randomness import random_state_kept
@@ -35,8 +37,8 @@ def frozen(model: nn.Module, *, random_state: bool = True) -> Iterator[nn.Module
     Inside, a host that writes into its images gets copies, gradients can be had under the caller's
     `torch.inference_mode()` too, gradient checkpointing (timm's) is off, since it runs stages without calling them, and
     other threads that want the host wait. Restored at every exit: each module's own flags, each parameter's
-    `requires_grad`, and the random state of the CPU and of the host's GPU, unless the user draws inside
-    (`random_state=False`).
+    `requires_grad`, buffers that passes move, and the random state of the CPU and of the host's GPU, unless the user
+    draws inside (`random_state=False`).
 
     Raises:
         TypeError: see `unwrap`.
@@ -53,6 +55,7 @@ def frozen(model: nn.Module, *, random_state: bool = True) -> Iterator[nn.Module
         compiled = [(m, m._compiled_call_impl) for m in model.modules() if getattr(m, "_compiled_call_impl", None)]
         if random_state:
             inside.enter_context(random_state_kept(host_device(model)))
+        inside.enter_context(buffers_kept(model))
         inside.enter_context(_eagerly())
         inside.enter_context(outside_inference_mode())
         inside.enter_context(_images_spared(model))
@@ -198,6 +201,46 @@ def run_host(model: nn.Module, x: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
             raise Unfit(f"the model's images must have {refused[1]} channels, got {refused[2]}: {error}") from error
         raise
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise Unfit(f"model must map (B, 3, H, W) to logits (B, K) with B = {x.shape[0]}, got {got}")
+        expected = f"model must map (B, 3, H, W) to logits (B, K) with B = {x.shape[0]}"
+        raise Unfit(f"{expected}, got {_told(logits)}; wrap it in a module whose forward returns the logits alone")
+    if model not in _LOOKED_AT and not logits.is_meta and _tells(model, logits.detach()):
+        _LOOKED_AT.add(model)
     return logits
+
+
+# Hosts whose outputs were looked at: once is enough, and on a GPU each look waits for it.
+_LOOKED_AT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+ENOUGH_TO_TELL = 50  # outputs: as many logits do not all lie in [0, 1]
+
+
+def _tells(model: nn.Module, outputs: Tensor) -> bool:
+    """Whether these outputs settle that they are logits; a timm model without its classifier is refused.
+
+    Warns:
+        UserWarning: probabilities come for logits.
+    """
+    if getattr(model, "num_classes", None) == 0 and isinstance(_classifier(model), nn.Identity):
+        raise Unfit("model has no classifier (num_classes=0): it returns features; create it with num_classes=K")
+    if outputs.shape[1] < 2 or bool(((outputs < 0) | (outputs > 1)).any()):
+        return True
+    sums_to_one = bool(((outputs.float().sum(1) - 1).abs() < 1e-2).all())
+    if not sums_to_one and outputs.numel() < ENOUGH_TO_TELL:
+        return False
+    warn_user(
+        "the model's outputs look like probabilities, and are explained as if they were logits; wrap it in a module "
+        "that returns the logits, or the logarithm of a softmax"
+    )
+    return True
+
+
+def _classifier(model: nn.Module) -> Any:
+    found = getattr(model, "get_classifier", None)
+    return found() if callable(found) else None
+
+
+def _told(output: Any) -> str:
+    """What came instead of logits, in a few words."""
+    if isinstance(output, Tensor):
+        return str(tuple(output.shape))
+    keys = f" with {', '.join(map(repr, list(output)[:5]))}" if isinstance(output, Mapping) else ""
+    return f"{type(output).__name__}{keys}"

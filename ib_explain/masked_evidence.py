@@ -51,6 +51,12 @@ def masked_evidence(
             if not logits.requires_grad:  # the host detaches its images, or runs under no_grad before the layer
                 return evidence
             score = target_scores(logits.float().log_softmax(1), target).sum()
-        (gained,) = torch.autograd.grad(score, leaf)
+        try:
+            (gained,) = torch.autograd.grad(score, leaf)
+        except RuntimeError as error:
+            if "modified by an inplace operation" in str(error):
+                told = "refine needs the gradient through the whole model, whose forward changes a tensor in place"
+                raise ValueError(f"{told} that the gradient needs; use refine=0: {str(error).split(':')[0]}") from error
+            raise
         evidence += F.adaptive_avg_pool2d(gained.float(), grid)
     return evidence

@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from ib_explain.checks import warn_user
+from ib_explain.cuts import ANSWERS_DIFFER, answers_differ
 from ib_explain.io import layout_from_json
 from ib_explain.layouts import Layout
 from ib_explain.sites import Site, deeper_sites, layouts_of, resolve_site
 
-__all__ = ["Place", "check_reached", "find_place", "warn_of_leak"]
+__all__ = ["Place", "check_reached", "find_place", "warn_of_leak", "warn_of_window"]
 
 LEAK_WORTH_A_WARNING = 0.05
 
@@ -108,8 +109,19 @@ def check_reached(site: Site) -> None:
         )
 
 
-def warn_of_leak(site: Site) -> None:
-    """Warn of a layer that is no cut."""
-    if site.leak > LEAK_WORTH_A_WARNING:
-        told = f"layer {site.name!r} is no cut: {site.leak:.0%} of the logits' spread flows around its grid"
-        warn_user(f"{told}, so its bits do not bound what the model uses")
+def warn_of_window(site: Site) -> None:
+    """Warn of a host that crops or pads its images, whose grid is drawn over all of the image nevertheless."""
+    if not site.layout.aligned:
+        told = f"the grid of layer {site.name!r} does not cover the image as it is given: the model crops or pads it"
+        warn_user(f"{told}, and maps are stretched over all of it; crop or pad before the model instead")
+
+
+def warn_of_leak(host: nn.Module, site: Site, args: tuple[Any, ...]) -> None:
+    """Warn of a layer that is no cut, or of a host that is not the same in every pass."""
+    if site.leak <= LEAK_WORTH_A_WARNING:
+        return
+    if answers_differ(host, site.input_size, args):
+        warn_user(f"{ANSWERS_DIFFER}: no map can tell what they come from")
+        return
+    told = f"layer {site.name!r} is no cut: {site.leak:.0%} of the logits' spread flows around its grid"
+    warn_user(f"{told}, so its bits do not bound what the model uses")

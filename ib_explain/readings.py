@@ -26,19 +26,20 @@ FEWEST_POSITIONS = 9  # with fewer, some wrong reading correlates by chance
 
 def finest_grid(shape: tuple[int, ...], batch: int, input_size: tuple[int, int, int]) -> tuple[int, int] | None:
     """The finest grid that a tensor of this shape could hold for inputs of this size, or None; an upper bound."""
-    if len(shape) < 3:
+    if len(shape) < 2 or (len(shape) == 2 and shape[0] == batch):
         return None
     options: list[tuple[int, int]] = []
     if shape[0] % batch == 0:
         options += _possible_grids(shape[0] // batch, list(shape[1:]), input_size)
-    if shape[1] == batch:  # sequence first
+    if len(shape) > 2 and shape[1] == batch:  # sequence first
         options += _possible_grids(1, [shape[0], *shape[2:]], input_size)
     return max(options, key=math.prod, default=None)
 
 
 def _possible_grids(fold: int, rest: list[int], input_size: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
     if fold == 1 and len(rest) > 2:
-        yield from (pair for pair in itertools.permutations(rest, 2) if _fits(pair, input_size))
+        fitting = [pair for pair in itertools.permutations(rest, 2) if _fits(pair, input_size)]
+        yield from fitting or (pair for pair in itertools.combinations(rest, 2) if min(pair) > 1)  # may be squashed
         return
     if fold > 1:
         counts = [fold * math.prod(c) for n in range(len(rest)) for c in itertools.combinations(rest, n)]
@@ -99,15 +100,27 @@ class Reader:
         votes = self.response.permute(0, 1, *(a + 1 for a in axes), *(c + 1 for c in channels))
         return (votes.flatten(2 + len(axes)).mean(dim=-1) if channels else votes).flatten(2)
 
+    def covers_all(self, layout: Layout) -> bool:
+        """Whether every stripe reaches some position, and every row and column of the grid sees some stripe."""
+        reached = self.response.flatten(2).any(dim=2)
+        seeing = self._votes(layout.axes).any(dim=1).any(dim=0)
+        seeing = seeing[layout.prefix : len(seeing) - layout.suffix]
+        seeing = (seeing if layout.order is None else seeing[list(layout.order)]).view(layout.grid)
+        return bool(reached.all() and seeing.any(dim=0).all() and seeing.any(dim=1).all())
+
+    def axis_pairs(self) -> list[tuple[int, int]]:
+        """Pairs of axes that could hold the rows and columns of positions."""
+        count = len(self.shape)
+        # A leaf with two axes needs one for its channels.
+        return list(itertools.combinations(range(1, count + 1), 2)) if self.fold == 1 and count > 2 else []
+
     def axis_sets(self) -> Iterator[tuple[int, ...]]:
         """Sets of axes that could hold the positions: pairs (both ways round), single axes."""
-        count = len(self.shape)
+        for pair in self.axis_pairs():
+            yield pair
+            yield pair[::-1]
         if self.fold == 1:
-            for pair in itertools.combinations(range(1, count + 1), 2):
-                if count > 2:  # a leaf with two axes needs one for its channels
-                    yield pair
-                    yield pair[::-1]
-            for axis in range(1, count + 1):
+            for axis in range(1, len(self.shape) + 1):
                 yield (axis,)
 
     def scrambled_sets(self) -> Iterator[tuple[int, ...]]:
@@ -131,6 +144,8 @@ def choose(readers: list[Reader], input_size: tuple[int, int, int]) -> Layout | 
     grids = [reader for reader in readers if len(reader.shape) > 1]
     readings = [reading for reader in grids for reading in _plain_readings(reader, input_size)]
     if _verified(readings) is None:
+        readings += [reading for reader in grids for reading in _squashed_readings(reader)]
+    if _verified(readings) is None:
         readings += [reading for reader in grids for reading in _scrambled_readings(reader, input_size)]
     if not readings:
         return _refusal(readers, None, input_size)
@@ -138,7 +153,9 @@ def choose(readers: list[Reader], input_size: tuple[int, int, int]) -> Layout | 
     if layout is None:
         best = max(readings, key=lambda r: (math.prod(r.layout.grid) >= FEWEST_POSITIONS, r.score))
         return _refusal(readers, best, input_size)
-    return replace(layout, others=tuple(r.path for r in readers if r.path != layout.path and r.batch_axis == 0))
+    (reader,) = (r for r in grids if r.path == layout.path)
+    others = tuple(r.path for r in readers if r.path != layout.path and r.batch_axis == 0)
+    return replace(layout, others=others, aligned=reader.covers_all(layout) or min(input_size[1:]) < STRIPES)
 
 
 def _refusal(readers: list[Reader], best: _Reading | None, input_size: tuple[int, int, int]) -> str:
@@ -170,7 +187,8 @@ def _verified(readings: list[_Reading]) -> Layout | None:
 def _by_shape(readings: list[_Reading], input_size: tuple[int, int, int]) -> Layout | None:
     """The only reading that geometry allows, for layers in which the probe drowns (very deep, or global mixing).
 
-    Where every position does answer to its own part of the image, and no reading agrees, the order is not known.
+    Where every position does answer to its own part of the image, in these axes or in others, and no reading agrees,
+    the order is not known.
     """
 
     def natural(grid: tuple[int, int]) -> bool:
@@ -182,7 +200,7 @@ def _by_shape(readings: list[_Reading], input_size: tuple[int, int, int]) -> Lay
     tokens = [r for r in readings if r.layout.axes == (1,) and r.layout.order is None and natural(r.layout.grid)]
     tokens = [r for r in tokens if r.layout.prefix == r.layout.suffix == 0 or r.score >= PLAUSIBLE]
     options = maps or tokens
-    options = [r for r in options if r.score >= PLAUSIBLE or r.reader.sharpness(r.layout.axes) < SHARP]
+    options = [r for r in options if r.score >= PLAUSIBLE or not _speaks(r)]
     if not options:
         return None
     chosen = options[0]
@@ -191,6 +209,23 @@ def _by_shape(readings: list[_Reading], input_size: tuple[int, int, int]) -> Lay
             return None
         chosen = min(options, key=lambda r: (-math.prod(r.layout.grid), r.rank))  # of several tensors the finest grid
     return replace(chosen.layout, verified="shape")
+
+
+def _speaks(reading: _Reading) -> bool:
+    """Whether positions do answer to their own part of the image, in some axes of the leaf."""
+    sets = {reading.layout.axes, *reading.reader.axis_pairs()}
+    return any(reading.reader.sharpness(axes) >= SHARP for axes in sets)
+
+
+def _squashed_readings(reader: Reader) -> Iterator[_Reading]:
+    """Grids of another aspect than the input's, as of a host that resizes its images: only where the probe is sure."""
+    for axes in reader.axis_pairs():
+        for pair in (axes, axes[::-1]):
+            grid = (reader.shape[pair[0] - 1], reader.shape[pair[1] - 1])
+            if min(grid) > 1 and math.prod(grid) >= FEWEST_POSITIONS:
+                reading = _score(reader, pair, reader.positions(pair), grid, rank=30 if pair == axes else 65)
+                if reading.score >= CERTAIN:
+                    yield reading
 
 
 def _plain_readings(reader: Reader, input_size: tuple[int, int, int]) -> Iterator[_Reading]:
@@ -273,8 +308,9 @@ def _scrambled_readings(reader: Reader, input_size: tuple[int, int, int]) -> Ite
             if not _fits(grid, input_size):
                 continue
             order = torch.argsort(raster[0] * grid[1] + raster[1])
-            if torch.equal(order, torch.arange(count, device="cpu")) and len(axes) == 1 and len(reader.shape) < 3:
-                continue  # plain raster order: already tried
+            plain = torch.equal(order, torch.arange(count, device="cpu"))
+            if plain and reader.fold == 1 and len(axes) == 1 and len(reader.shape) < 3:
+                continue  # already tried
             yield _score(reader, axes, measured, grid, order=tuple(order.tolist()), rank=40)
 
 

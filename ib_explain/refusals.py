@@ -57,13 +57,16 @@ def refused_sizes_told(host: nn.Module, size: tuple[int, ...]) -> Iterator[None]
 
 
 def _refusal(host: nn.Module, size: tuple[int, ...], args: tuple[Any, ...], error: Exception) -> SizeRefused | None:
-    """The error in words of sizes, if it is about these: torch says so, or at its own size the host runs."""
+    """The error in words of sizes, if it is about these: at its own size the host runs, or torch says so."""
     own = input_size_of(host) if timm_config(host).get("input_size") else size
-    about_shapes = type(error) is RuntimeError and SHAPES.search(str(error))
-    if not about_shapes and (own == size or _raises_at(host, own, args) is not None):
+    told = " ".join(str(error).split())
+    if own != size and _raises_at(host, own, args) is None:
+        return SizeRefused(f"the model refuses images of size {size}; its own size is {own}: {told}")
+    if type(error) is not RuntimeError or not SHAPES.search(str(error)):
         return None
-    known = f"; its own size is {own}" if own != size else ""
-    return SizeRefused(f"the model refuses images of size {size}{known}: {' '.join(str(error).split())}")
+    if own != size:
+        return SizeRefused(f"the model runs neither on images of size {size} nor on those of its own, {own}: {told}")
+    return SizeRefused(f"the model does not run on images of size {size}; is it made for others? {told}")
 
 
 def _fails_alike(host: nn.Module, size: tuple[int, ...], args: tuple[Any, ...], error: Exception) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ib_explain.cuts import CleanPass
+from ib_explain.cuts import ANSWERS_DIFFER, CleanPass, answers_differ
 from ib_explain.facts import remembered
 from ib_explain.hooks import LayerError
 from ib_explain.hosts import input_size_of, timm_config
@@ -288,7 +288,7 @@ def _best_site(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...
             continue
         if best == 0:
             seen = min(rejected, key=lambda s: s.leak, default=None)
-            raise ValueError(_no_default(host, size, seen))
+            raise ValueError(_no_default(host, size, args, seen))
         name = _leader(scores, layouts)
         (site,) = _measure(host, {name: layouts[name]}, size, args)
         if not site.usable:
@@ -311,14 +311,17 @@ def _leader(scores: dict[str, float], layouts: dict[str, Layout]) -> str:
     return min(alike, key=lambda n: (n.count("."), -scores[n]))
 
 
-def _no_default(host: nn.Module, size: tuple[int, int, int], seen: Site | None) -> str:
+def _no_default(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...], seen: Site | None) -> str:
     what = f"no layer of this {type(host).__name__} is a cut with a spatial grid for inputs of size {size}"
-    if seen is None and not _survey(host, size, ()).differentiable:
+    if seen is None and not _survey(host, size, args).differentiable:
         return f"{what}: no gradient of the logits reaches the images; does its forward run under no_grad, or detach?"
     if seen is None:
-        return f"{what}; name a layer, or try larger images"
+        several = "a model that runs its layers several times, or side by side, can be explained at an nn.Identity() "
+        return f"{what}; name a layer, or try larger images; {several}put first in it"
     if math.isnan(seen.leak):
         return f"{what}: its logits are the same for all images, as with a head of zeros; name a layer"
+    if answers_differ(host, size, args):
+        return f"{what}: {ANSWERS_DIFFER}"
     wanted = f"expected leak <= {LEAK_LIMIT}, effect > {EFFECT_LIMIT} and reached > 0"
     got = f"got {seen.leak:.2f}, {seen.effect:.2f} and {seen.reached:.2f} at {seen.name!r}"
     return f"{what}; {wanted}, {got}; name a layer"

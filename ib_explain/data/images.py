@@ -192,7 +192,8 @@ def images_of(batch: Any, *, labelled: bool = True) -> tuple[Tensor, Tensor | No
             labels = torch.from_numpy(np.asarray(labels))
     if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.dtype not in _INTEGERS:
         came = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"the batch's labels must be {len(images)} integers, one an image, got {came}")
+        told = f"the batch's labels must be {len(images)} integers, one an image, got {came}"
+        raise ValueError(f"{told}; where there is no one class, yield the images alone")
     missing = bool((labels == -1).all())
     if not missing and bool((labels < 0).any()):
         raise ValueError(f"the batch's labels must be >= 0, or all -1 for none, got {sorted(set(labels.tolist()))[:8]}")

@@ -52,6 +52,7 @@ def _deepest(host: nn.Module, size: tuple[int, int, int]) -> str:
     names = candidate_layers(host, size)
     pooled = _pooled(host, names, size)
     deepest_first = names[::-1]
+    reached: dict[str, float] = {}
     for name in sorted(deepest_first, key=pooled.__contains__):  # stable, with the pooled ones at the end
         try:
             site = resolve_site(host, name, size)
@@ -59,8 +60,12 @@ def _deepest(host: nn.Module, size: tuple[int, int, int]) -> str:
             continue
         if site.reached >= ENOUGH:
             return site.name
+        reached[site.name] = site.reached
+    best = max(reached, key=lambda name: reached[name], default=None)
+    told = "" if best is None else f" (at best {reached[best]:.0%}, at {best!r})"
     raise NotApplicable(
-        f"no layer of this {type(host).__name__} has a spatial grid that the logits' gradient reaches; name a layer"
+        f"no layer of this {type(host).__name__} has a spatial grid that the logits' gradient reaches in at least "
+        f"{ENOUGH:.0%} of its positions{told}; name a layer"
     )
 
 
