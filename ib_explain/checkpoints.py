@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ib_explain.checks import warn_user
 from ib_explain.files import check_replaceable, current_folder, replace_folder
-from ib_explain.io import CONFIG, FILES, FORMAT, read_folder, write_folder
+from ib_explain.io import CONFIG, FILES, FORMAT, WEIGHTS, read_folder, write_folder
 
 __all__ = ["CHECKPOINT_FILES", "check_checkpoint_folder", "digest", "read_checkpoint", "write_checkpoint"]
 
@@ -107,7 +107,12 @@ def read_checkpoint(
     folder = current_folder(path)
     if folder is None:
         return None
-    weights, config = read_folder(folder)
+    try:
+        weights, config = read_folder(folder)
+    except FileNotFoundError as error:
+        lost = CONFIG if not (folder / CONFIG).exists() else WEIGHTS
+        told = f"{folder} is a damaged checkpoint: it has no {lost}; remove it, or name another folder"
+        raise ValueError(told) from error
     run = config.get("run")
     kinds = {"step": int, "figures": dict, "history": list, "settings": dict, "scaler": dict}
     if (

@@ -114,7 +114,7 @@ def _size_of_patches(host: nn.Module, first_conv: Any) -> tuple[int, int] | None
 
     for name, module in host.named_modules():
         if isinstance(module, PatchEmbed) and f"{name}.proj" == first_conv:
-            return tuple(module.img_size) if module.img_size and module.strict_img_size else None
+            return tuple(module.img_size) if module.img_size else None
     return None
 
 

@@ -250,7 +250,9 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         """
         check_fit_options(objective, beta, lr, checkpoint, every, resume, show_progress)
         device = host_device(self.host)
-        with frozen(self.forward_func) as host, torch.enable_grad(), launched(device) as accelerator:
+        # `precision` says what computes, not the caller's autocast.
+        plainly = torch.autocast(device.type, enabled=False)
+        with plainly, frozen(self.forward_func) as host, torch.enable_grad(), launched(device) as accelerator:
             share = Share(accelerator.process_index, accelerator.num_processes)
             batches = Batches(data, self.seed, share, labelled=objective == "label")
             with contextlib.closing(batches.first(1)) as beginning:

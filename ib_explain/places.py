@@ -63,7 +63,10 @@ class Place:
         found = layouts_of(model, [name for name, _ in self.deeper], size, args)
         for name, layout in found.items():
             if not isinstance(layout, Layout):
-                raise ValueError(f"inputs of size {size} leave no grid at {name!r}: {layout}")
+                raise ValueError(
+                    f"inputs of size {size} leave no grid at {name!r}, which the bottleneck at {site.name!r} reads as "
+                    f"well; take larger images, or fit at this size: {layout}"
+                )
         deeper = tuple((name, layout) for name, layout in found.items() if isinstance(layout, Layout))
         return Place(site, deeper)
 

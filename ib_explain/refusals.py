@@ -66,7 +66,7 @@ def _refusal(host: nn.Module, size: tuple[int, ...], args: tuple[Any, ...], erro
         return None
     if own != size:
         return SizeRefused(f"the model runs neither on images of size {size} nor on those of its own, {own}: {told}")
-    return SizeRefused(f"the model does not run on images of size {size}; is it made for others? {told}")
+    return SizeRefused(f"the model refuses images of size {size}, or its layers do not fit each other: {told}")
 
 
 def _fails_alike(host: nn.Module, size: tuple[int, ...], args: tuple[Any, ...], error: Exception) -> bool:

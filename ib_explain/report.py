@@ -195,7 +195,9 @@ def _leaderboard(summary: Summary, notes: Notes) -> str:
             cells.append(cell(shown, summary.cells[method, facts.name], place))
         body.append((method, cells))
     footnotes = "".join(f'<li id="note-{number}">{escape(text)}</li>' for number, text in enumerate(notes.texts, 1))
-    below = f'<p class="note">The best of a column is in bold. {escape(legend(summary))}</p>'
+    below = (
+        f'<p class="note">The best of a column, compared over common images, is in bold. {escape(legend(summary))}</p>'
+    )
     return grid("Leaderboard", columns, body) + below + (f'<ol class="notes">{footnotes}</ol>\n' if footnotes else "")
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import weakref
 import zipfile
 import zlib
 from collections import defaultdict
@@ -57,7 +59,6 @@ class RunStore:
     _whole: dict[int, bool] = field(default_factory=dict, repr=False)
     _begun_here: bool = False
     _made_folder: bool = False
-    _temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     @classmethod
     def open(
@@ -91,8 +92,7 @@ class RunStore:
         if folder is None:
             if rank > 0:
                 raise ValueError("several processes need a common folder, got None")
-            temporary = tempfile.TemporaryDirectory(prefix="ib-explain-")
-            folder = temporary.name
+            folder = temporary = tempfile.mkdtemp(prefix="ib-explain-")
         path = Path(folder)
         run = check_folder(path, plain, extend=extend)
         begun_here, made_folder = run is None and rank == 0, not path.exists()
@@ -107,7 +107,9 @@ class RunStore:
         if rank == 0:
             path.mkdir(parents=True, exist_ok=True)
             write_file(path / "run.json", _json(run))
-        store = cls(path, run, rank, _begun_here=begun_here, _made_folder=made_folder, _temporary=temporary)
+        store = cls(path, run, rank, _begun_here=begun_here, _made_folder=made_folder)
+        if temporary is not None:  # gone with the store
+            weakref.finalize(store, shutil.rmtree, temporary, ignore_errors=True)
         store._clean()
         store._found = store._batches()
         store._done = set(store._found)

@@ -119,7 +119,7 @@ class Summary:
         return any(facts.counts for facts in self.metrics)
 
     def best(self, metric: str) -> frozenset[str]:
-        """The methods with the best mean; several if they tie."""
+        """The methods with the best rank, each compared with the others over common images; several if they tie."""
         ranks = {method: rank.mean for (method, name), rank in self.ranks.items() if name == metric}
         return frozenset(method for method, rank in ranks.items() if rank == min(ranks.values()))
 

@@ -180,7 +180,7 @@ def text_table(summary: Summary, *, width: int | None = None) -> str:
         blocks[-1] = [f"{left}   {right}" for left, right in zip(blocks[-1], column, strict=True)]
     text = "\n\n".join("\n".join([*_strip(block[:2]), "-" * len(block[0]), *_strip(block[2:])]) for block in blocks)
     footnotes = [f"[{number}] {note}" for number, note in enumerate(notes.texts, 1)]
-    below = ["* best of its column. " + legend(summary), *footnotes]
+    below = ["* best of its column, compared over common images. " + legend(summary), *footnotes]
     return "\n".join(
         [text, "", *(line for note in below for line in textwrap.wrap(note, width, subsequent_indent="    "))]
     )

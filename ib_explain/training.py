@@ -121,8 +121,13 @@ class Trainer:
         device = host_device(host)
         halved = settings.precision == "fp16" or host_dtype(host) == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=halved)
+        # No cache: it is emptied when the outermost autocast ends, and the weights change before that.
         self.autocast = functools.partial(
-            torch.autocast, device.type, PRECISIONS[settings.precision], enabled=settings.precision != "fp32"
+            torch.autocast,
+            device.type,
+            PRECISIONS[settings.precision],
+            enabled=settings.precision != "fp32",
+            cache_enabled=False,
         )
         self.peaks = [float(group["lr"]) for group in self.optimiser.param_groups]
         self.step_number, self.images = 0, 0

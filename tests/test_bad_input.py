@@ -133,7 +133,7 @@ def test_a_size_that_was_assumed_is_told() -> None:
             return self.fc(self.conv(x).flatten(1))
 
     host = Flat().eval()
-    assumed = r"does not run on images of size \(3, 224, 224\); is it made for others\? .*; \(3, 224, 224\) is assumed for .*, pass input_size="
+    assumed = r"refuses images of size \(3, 224, 224\), .*: .*; \(3, 224, 224\) is assumed for .*, pass input_size="
     for door in (ibx.default_layer, ibx.sites):
         with pytest.raises(ValueError, match=assumed):
             door(host)

@@ -165,6 +165,13 @@ def test_maps_of_other_axes_are_refused(host, x, shape):
     assert "the method must return (B, 1, 24, 24), or a coarser grid of these proportions" in board.rows[0].reason
 
 
+def test_labels_of_several_classes_are_told_with_the_way_out(host, x):
+    with pytest.raises(ValueError, match="where there is no one class, yield the images alone"):
+        measure(host, [(x, torch.zeros(len(x), 5))])
+    with pytest.raises(TypeError, match="metrics must be a list of names, got dict"):
+        measure(host, [x], metrics={"mine": "insertion"})
+
+
 def test_a_drawing_that_fails_costs_no_table(host, x, tmp_path, monkeypatch):
     def fails(*_):
         raise RuntimeError("no font")

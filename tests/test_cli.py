@@ -378,7 +378,7 @@ def test_a_benchmark_takes_the_bottleneck_once_named_or_not(bottleneck, host, pi
     assert sorted(ibx.Leaderboard.read(tmp_path / "out").summary.methods) == ["edges", "ib_fitted"]
     capsys.readouterr()
     told = fails(capsys, *words, "--methods", "edges,ib_fitted", "--out", tmp_path / "other")
-    assert told.startswith("unknown method 'ib_fitted'")
+    assert told == "ib_fitted is the fitted bottleneck: give --bottleneck FOLDER"
 
 
 def test_attribute_among_raw_files_of_others(host, pictures, tmp_path):
@@ -436,6 +436,7 @@ def test_relevance_is_fitted_and_drawn_where_it_is_asked_for(bottleneck, host, p
     with np.load(tmp_path / "maps" / "a" / "0.npz") as raw:
         assert raw["unit"] == "label bits" and raw["bits"] == pytest.approx(raw["map"].sum(), abs=1e-4)
     words[words.index("relevance")] = "bits"  # another command must not mix its maps with these
+    assert "(output relevance, now bits)" in fails(capsys, *words)
     assert "--overwrite" in fails(capsys, *words)
 
 
@@ -519,6 +520,29 @@ def test_a_grey_model_with_a_normalisation_of_its_own(tmp_path, capsys):
     said = fails(capsys, "attribute", *words, "--mean", "a,b", *where)
     assert said.startswith("argument --mean: must be a number, or one a channel such as .5,.5,.5, got 'a,b'")
     assert "mean and std must hold 1 values" in fails(capsys, "attribute", *words, "--mean", "1,2", *where)
+
+
+def test_a_gate_without_bits_says_none(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    words = ["test_resnet", "--num-classes", "3", "--input-size", "32", "--device", "cpu", "--workers", "0"]
+    out = tmp_path / "an ib"
+    (tmp_path / "pictures").mkdir()
+    for name in ("one", "two"):
+        Image.fromarray(pixels[:: 1 if name == "one" else -1]).save(tmp_path / "pictures" / f"{name}.png")
+    fit = ["--data", str(tmp_path / "pictures"), "--steps", "2", "--batch-size", "2", "--layer", "layer1"]
+    fit += ["--out", str(out)]
+    assert main(["fit", *words, "--gate", "residual", *fit]) == 0
+    said = capsys.readouterr().out
+    assert "bits per image" not in said and "what passes keeps" in said
+    assert f"--bottleneck '{out}' --output attention IMAGE" in said
+    shown = ["attribute", *words, "--bottleneck", out, "--out", tmp_path / "maps", tmp_path / "pictures"]
+    assert "the 'residual' gate and no bits; give --output attention" in fails(capsys, *shown)
+    assert main([str(word) for word in [*shown, "--output", "attention"]]) == 0
+
+
+def test_run_as_a_module():
+    command = [sys.executable, "-m", "ib_explain", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.startswith("ib-explain ")
 
 
 def test_names_of_classes():

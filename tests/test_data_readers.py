@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,15 @@ def test_open_dataset(folder, place, split):
     assert images.shape == (6, 3, 4, 4)
     torch.testing.assert_close(images[:, 1, 0, 0], labels * 100 / 255)
     assert open_dataset(folder / place, split)[0][0].size == (8, 6)  # no transform: pictures
+
+
+def test_a_data_set_with_an_open_tar_file_goes_to_other_processes(folder):
+    """As workers that are not forked get it."""
+    dataset = open_dataset(folder / "test.tar", transform=plain((4, 4), "squash"))
+    first = dataset[0]  # opens what it needs
+    there = pickle.loads(pickle.dumps(dataset))
+    assert len(there) == len(dataset) and torch.equal(there[0][0], first[0]) and there[5][1] == dataset[5][1]
+    assert torch.equal(dataset[5][0], there[5][0])  # and the first one reads on
 
 
 def test_open_dataset_without_classes(tmp_path):

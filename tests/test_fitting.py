@@ -260,10 +260,25 @@ def test_a_run_folder_that_is_no_checkpoint(tmp_path):
     (run / "optimiser.safetensors").unlink()
     with pytest.raises(ValueError, match=r"is a damaged checkpoint: it has no optimiser.safetensors"):
         fit(data, steps=4, checkpoint=run, resume=True)
+    for lost in ("config.json", "bottleneck.safetensors"):
+        fit(data, steps=4, every=2, checkpoint=tmp_path / lost)
+        (tmp_path / lost / lost).unlink()
+        with pytest.raises(ValueError, match=f"is a damaged checkpoint: it has no {lost}; remove it"):
+            fit(data, steps=4, checkpoint=tmp_path / lost, resume=True)
     with pytest.raises(TypeError, match="checkpoint must be the name of a folder, got int"):
         fit(data, steps=4, checkpoint=3)
     with pytest.raises(TypeError, match="resume must be"):
         fit(data, steps=4, checkpoint=run, resume="no")
+
+
+def test_the_callers_autocast_is_no_precision_of_the_fit():
+    plain, inside = (IBAttention(tiny(), "stages.1") for _ in range(2))
+    plain.fit(batches(), steps=3, show_progress=False)
+    data = batches()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside.fit(data, steps=3, show_progress=False)
+    assert_equal(weights(inside), weights(plain))
+    assert inside.record["settings"]["precision"] == "fp32"
 
 
 def test_when_checkpoints_are_written(tmp_path, monkeypatch):

@@ -60,9 +60,9 @@ def test_only_hooks_registers_forward_hooks_on_the_host():
         for path in PACKAGE.rglob("*.py")
         if "register_forward_hook" in path.read_text() or "register_forward_pre_hook" in path.read_text()
     ]
-    # lending looks at the host's images, the survey at all layers at once, cuts at what enters a head of zeros, the
-    # sanity checks at a copy's order
-    allowed = {"hooks.py", "lending.py", "tails.py", "survey.py", "cuts.py", "random_weights.py"}
+    # lending looks at the host's images, buffers at what its passes move, the survey at all layers at once, cuts at
+    # what enters a head of zeros, the sanity checks at a copy's order
+    allowed = {"hooks.py", "buffers.py", "lending.py", "tails.py", "survey.py", "cuts.py", "random_weights.py"}
     assert set(users) <= allowed, users
 
 

@@ -14,6 +14,7 @@ from ib_explain.lending import frozen
 from ib_explain.methods import Call, NotApplicable
 from ib_explain.methods.captum_host import for_captum, inspect
 from ib_explain.methods.captum_methods import _noise
+from tests.models import tiny
 
 TARGET = torch.tensor([2, 4])
 
@@ -106,6 +107,13 @@ def test_guided_grad_cam_equals_captum() -> None:
             module.inplace = False
     theirs = attr.GuidedGradCam(host, host.layer3).attribute(x, TARGET, interpolate_mode="bilinear")
     torch.testing.assert_close(ours, theirs.sum(dim=1, keepdim=True).detach(), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["smooth_grad", "gradient_shap"])
+def test_the_draws_are_those_of_the_seed_whatever_the_precision(method):
+    host, x = tiny(), images(2)
+    single = ibx.attribute(host, x, method=method)
+    torch.testing.assert_close(ibx.attribute(host.double(), x.double(), method=method), single, rtol=1e-3, atol=1e-5)
 
 
 def test_smooth_grad_is_the_mean_gradient_over_the_same_noise() -> None:

@@ -425,7 +425,8 @@ def test_input_size_from_the_hosts_own_config() -> None:
     [
         ("vit_tiny_patch16_224", {"img_size": 96}, (96, 96)),
         ("vit_tiny_patch16_224", {"img_size": (64, 96)}, (64, 96)),
-        ("vit_tiny_patch16_224", {"img_size": 96, "dynamic_img_size": True}, (224, 224)),  # takes any
+        ("vit_tiny_patch16_224", {"img_size": 96, "dynamic_img_size": True}, (96, 96)),  # takes any
+        ("test_vit", {"img_size": 32, "patch_size": 4}, (32, 32)),
         ("visformer_tiny", {}, (224, 224)),  # cuts features into patches, not the image
     ],
 )

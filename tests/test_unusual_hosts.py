@@ -177,7 +177,7 @@ def test_a_fault_of_the_host_is_no_refusal_of_a_size(pictures):
     host = Net().eval()
     host.head = nn.Linear(33, 5)
     with pytest.raises(
-        ValueError, match=r"does not run on images of size \(3, 64, 64\); is it made for others\? .*mat1"
+        ValueError, match=r"refuses images of size \(3, 64, 64\), or its layers do not fit each other: .*mat1"
     ):
         ibx.attribute(host, pictures)
 

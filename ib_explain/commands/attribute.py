@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ib_explain.attribution import attribute as make_maps
+from ib_explain.bottleneck.gates import GATES
 from ib_explain.checks import did_you_mean
 from ib_explain.commands.common import (
     check_data,
@@ -169,6 +170,10 @@ def _check(args: argparse.Namespace) -> tuple[str, tuple[int, int, int] | None]:
     channels, height, width = config["input_size"]
     if args.output == "relevance" and not config.get("relevance"):
         raise ValueError(f"{args.bottleneck} was fitted without --relevance")
+    if args.output == "bits" and not GATES.get(config["gate"]).measures_bits:
+        raise ValueError(
+            f"{args.bottleneck} has the gate {config['gate']!r}, which measures no bits; give --output attention"
+        )
     return OUTPUTS[args.output], (channels, height, width)
 
 

@@ -98,6 +98,8 @@ def _named(given: str, registry: Any, *, besides: Collection[str] = (), lacking:
     if names == ["all"]:
         return [name for name in registry if not _lacks(registry.get(name), lacking)]
     for name in names:
+        if name == FITTED and name not in registry:
+            raise ValueError(f"{FITTED} is the fitted bottleneck: give --bottleneck FOLDER")
         registry.get(name)
     return list(dict.fromkeys(names))
 

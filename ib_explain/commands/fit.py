@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ib_explain.bottleneck.gates import GATES
 from ib_explain.checkpoints import CHECKPOINT_FILES
 from ib_explain.commands.common import (
     check_data,
@@ -122,11 +124,13 @@ def _check_folders(out: Path, checkpoint: Path, *, resume: bool, overwrite: bool
 
 def _findings(model: str, ib: IBAttention, out: Path, seconds: float) -> str:
     record, site = ib.record or {}, ib.site
+    in_bits = GATES.get(ib.gate).measures_bits
+    passing = f"{record['final_bits']:.0f} bits per image keep" if in_bits else "what passes keeps"
+    output = "" if in_bits else " --output attention"
     return (
         f"fitted {model} at {site.name!r}, a grid of {times(site.grid)} with {site.channels} channels, "
         f"in {seconds:.0f} s\n"
-        f"{record['final_bits']:.0f} bits per image keep {record['final_agreement']:.1%} of the model's answers "
-        f"(mean of the last steps, training images)\n"
+        f"{passing} {record['final_agreement']:.1%} of the model's answers (mean of the last steps, training images)\n"
         f"saved in {out}\n"
-        f"next: ib-explain attribute {model} ... --bottleneck {out} IMAGE"
+        f"next: ib-explain attribute {model} ... --bottleneck {shlex.quote(str(out))}{output} IMAGE"
     )

@@ -60,7 +60,7 @@ class MapFolder:
         before = _command_of(self.path)
         if not overwrite and before is not None and before != command:
             changed = [key for key in {**before, **command} if before.get(key) != command.get(key)]
-            what = ", ".join(f"{key} {before.get(key)}, now {command.get(key)}" for key in changed[:3])
+            what = ", ".join(f"{key} {_value(before, key)}, now {_value(command, key)}" for key in changed[:3])
             raise ValueError(f"{self.path} holds maps of another command ({what}); name another --out or --overwrite")
         if not overwrite and before is None and self.path.is_dir() and any(self.path.iterdir()):
             raise ValueError(f"{self.path} holds other files; name another --out, or --overwrite to write among them")
@@ -164,6 +164,11 @@ class MapFolder:
 def is_map_folder(path: Path) -> bool:
     """Whether `ib-explain attribute` made this folder: what it shows are maps, and no pictures to explain."""
     return _command_of(path) is not None
+
+
+def _value(command: dict[str, Any], key: str) -> Any:
+    """As the user would have written it: bits, the default, stands in no command."""
+    return command.get(key, "bits" if key == "output" else None)
 
 
 def _command_of(path: Path) -> dict[str, Any] | None:

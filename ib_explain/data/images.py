@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -106,6 +107,10 @@ class LabelledImages(Dataset[Any]):
         image, label = self.load(index)
         return self.transform(image) if self.transform else image, -1 if label is None else label
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes that are not forked: without the tar files that the reader holds open."""
+        return {**vars(self), "reader": _closed(self.reader)}
+
     def load(self, index: int) -> tuple[Image.Image, int | None]:
         """The picture itself, without the transform, and its label."""
         with _reading(f"number {index} of the data set"):
@@ -201,6 +206,18 @@ def images_of(batch: Any, *, labelled: bool = True) -> tuple[Tensor, Tensor | No
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _closed(reader: Any) -> Any:
+    """A copy of one of timm's readers, or of what it knows of a tar file, with no file open."""
+    if isinstance(reader, dict):
+        return {name: _closed(part) for name, part in reader.items()}
+    closed = copy.copy(reader)
+    for name in {"tarfile", "tf"} & vars(closed).keys():
+        setattr(closed, name, None)
+    for name in {"tar_state", "children"} & vars(closed).keys():
+        setattr(closed, name, _closed(getattr(closed, name)))
+    return closed
 
 
 def _find_split(root: str | Path | None, split: str | None) -> Path:

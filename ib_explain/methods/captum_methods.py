@@ -22,7 +22,7 @@ from ib_explain.methods.cam import glance
 from ib_explain.methods.captum_host import for_captum, inspect, run_differentiably
 from ib_explain.methods.captum_rules import PROPAGATED, check_deep_lift, check_guided, check_lrp
 from ib_explain.methods.grad_cam import grad_cam_map
-from ib_explain.randomness import generator_of, uniform
+from ib_explain.randomness import generator_of, normal, uniform
 
 __all__ = ["DeepLift", "FeatureAblation", "GradientShap", "GuidedGradCAM", "InputXGradient", "IntegratedGradients"]
 __all__ += ["LRP", "Occlusion", "Saliency", "SmoothGrad"]
@@ -349,7 +349,7 @@ def _noise(call: Call, samples: int) -> Iterator[Tensor]:
         draws = []
         for index in range(start, min(samples, start + call.copies_per_pass)):
             generator = generator_of(call.seed * 1_000_003 + index, call.x.device)
-            draws.append(torch.randn(call.input_size, generator=generator, device=call.x.device, dtype=call.x.dtype))
+            draws.append(normal(generator, *call.input_size).to(call.x))
         yield torch.stack(draws)
 
 

@@ -175,7 +175,7 @@ def _sum_over_sets(values: Tensor, sizes: tuple[int, ...], sets: int, seed: int)
     sums = []
     for settings in torch.arange(len(sizes) * sets, device="cpu").split(_SETS_AT_ONCE):
         drawn = [_draw_set(values.shape[1], sizes[s // sets], s, seed) for s in settings.tolist()]
-        sums.append(values @ torch.stack(drawn).to(values).T)
+        sums.append(values.double() @ torch.stack(drawn).to(values.device, torch.float64).T)
     return torch.cat(sums, dim=1).unflatten(1, (len(sizes), sets))
 
 

@@ -97,7 +97,7 @@ def count_passes(model: nn.Module, x: Tensor, explain: Explain, target: Target =
     outside of backward passes in units of the host's forward pass, inside of them in units of its backward pass from
     the target's logit to the image. A Grad-CAM at the last stage is 1 forward and few per cent of a backward pass;
     gradients of the weights that nobody reads count too. So do products of the method's own, such as an attention
-    network: what they take is what the user pays. Element-wise work (masks, blurs by sums, resizing) does not count.
+    network or RISE's masks: what they take is what the user pays. Element-wise work (blurs by sums, resizing) does not.
 
     Args:
         model, x, explain, target: as for `measure_cost`; `explain` is called once before.

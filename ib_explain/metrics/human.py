@@ -28,7 +28,7 @@ from torch import Tensor
 from ib_explain.checks import did_you_mean
 from ib_explain.metrics.base import register_function
 from ib_explain.metrics.ground_truth import centred_gaussian, fixation_pixels
-from ib_explain.metrics.values import flat_heat, flat_values, is_constant, undefined_where
+from ib_explain.metrics.values import evened, flat_heat, flat_values, is_constant, undefined_where
 
 __all__ = [
     "CONVENTIONS",
@@ -157,7 +157,7 @@ def auc(maps: Tensor, fixations: Sequence[Tensor]) -> Tensor:
     Exact, the "uniform" AUC of the benchmark: all pixels are negatives, the fixated ones too, so the maximum is below
     1. Unchanged by any strictly monotone change of the map. Chance and constant maps 0.5.
     """
-    values = flat_values(maps)
+    values = evened(flat_values(maps))
     at, valid = _at_fixations(values, maps, fixations)
     everywhere = values.new_full((len(values), 1), values.shape[1])
     return _mean(_wins(at, values, everywhere), valid).float()
@@ -175,7 +175,7 @@ def auc_shuffled(maps: Tensor, fixations: Sequence[Tensor], other: Sequence[Tens
         other: B tensors (m_i, 2), the negatives in the coordinates of each image: `ground_truth.other_fixations` makes
             them from all fixations of a data set.
     """
-    values = flat_values(maps)
+    values = evened(flat_values(maps))
     at, valid = _at_fixations(values, maps, fixations)
     if len(other) != len(values):
         raise ValueError(f"other must hold one tensor for each of the {len(values)} maps, got {len(other)}")
@@ -194,7 +194,7 @@ def auc_judd(maps: Tensor, fixations: Sequence[Tensor]) -> Tensor:
     Equal values are taken together; the Matlab code and pysaliency break them by noise of 1e-7 instead, and agree
     where no fixated value occurs twice. NaN also where every pixel is fixated.
     """
-    values = flat_values(maps)
+    values = evened(flat_values(maps))
     index, valid = _pixels(values, maps, fixations)
     index = index.masked_fill(~valid, values.shape[1]).sort(dim=1).values  # padding last
     fresh = torch.ones_like(valid)

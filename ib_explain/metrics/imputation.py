@@ -31,7 +31,8 @@ def noisy_linear_imputation(
         seed: of the noise, which is the same for all images.
         tolerance: the solver stops when one more iteration moved no pixel of the images that it holds (four at a time
             on a CPU) by more than this, in the units of x. For the holes that maps make what is left is about half of
-            it at the worst pixel, below the usual noise; for regular ones in images of a few rows it can be far more.
+            it at the worst pixel, in images of 16 to 32 px up to twice it, in smaller ones up to three times; for
+            regular ones in images of a few rows it can be far more.
 
     Returns:
         (B, C, H, W), equal to x where nothing was removed.

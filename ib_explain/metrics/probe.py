@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ib_explain.checks import ONE_CLASS, check_images, check_maps, check_positive_int, did_you_mean
 from ib_explain.lending import frozen, run_host
+from ib_explain.metrics.values import evened
 from ib_explain.modules import host_device
 from ib_explain.perturb import fill_images
 from ib_explain.targets import Target, resolve_target, target_scores
@@ -55,7 +56,8 @@ class Probe:
 
     def check_maps(self, maps: Tensor | None) -> Tensor:
         """Return maps of these images as (B, H, W) float32 on their device, or raise as `checks.check_maps` does."""
-        return check_maps(maps, size=(self.x.shape[2], self.x.shape[3]), batch=len(self.x)).to(self.x.device)
+        checked = check_maps(maps, size=(self.x.shape[2], self.x.shape[3]), batch=len(self.x))
+        return evened(checked).to(self.x.device)
 
     def predicted(self, images: Tensor) -> Tensor:
         """The host's top-1 of other images, (b,) int64."""

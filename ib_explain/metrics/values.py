@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ib_explain.checks import check_maps
 
-__all__ = ["flat_heat", "flat_values", "is_constant", "undefined_where"]
+__all__ = ["evened", "flat_heat", "flat_values", "is_constant", "undefined_where"]
 
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
@@ -39,6 +39,12 @@ def is_constant(values: Tensor) -> Tensor:
     """
     low, high = values.aminmax(dim=1)
     return high - low <= _ROUNDING * torch.maximum(low.abs(), high.abs())
+
+
+def evened(values: Tensor) -> Tensor:
+    """Values (B, ...) in which rows that `is_constant` finds hold one value indeed, so that nothing ranks rounding."""
+    flat = values.flatten(1)
+    return torch.where(is_constant(flat)[:, None], flat[:, :1], flat).view_as(values)
 
 
 def undefined_where(condition: Tensor, scores: Tensor) -> Tensor:
