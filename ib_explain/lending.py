@@ -224,7 +224,7 @@ def _tells(model: nn.Module, outputs: Tensor) -> bool:
     if outputs.shape[1] < 2 or bool(((outputs < 0) | (outputs > 1)).any()):
         return True
     sums_to_one = bool(((outputs.float().sum(1) - 1).abs() < 1e-2).all())
-    if not sums_to_one and outputs.numel() < ENOUGH_TO_TELL:
+    if not sums_to_one and (outputs.numel() < ENOUGH_TO_TELL or not bool((outputs != 0).any())):  # a head of zeros
         return False
     warn_user(
         "the model's outputs look like probabilities, and are explained as if they were logits; wrap it in a module "

@@ -155,6 +155,16 @@ def test_probabilities_in_place_of_logits_are_told_once(output):
             ibx.attribute(quiet, x, steps=1)
 
 
+def test_a_head_of_zeros_gives_no_probabilities(pictures):
+    host = Net().eval()
+    host.head = nn.Linear(32, 100)
+    for parameter in host.head.parameters():
+        nn.init.zeros_(parameter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert ibx.sites(host, (3, 64, 64))
+
+
 def test_other_outputs_are_told_with_the_way_out(pictures):
     told = r"got dict with 'logits', 'loss'; wrap it in a module whose forward returns the logits alone"
     with pytest.raises(ValueError, match=told):
