@@ -60,8 +60,8 @@ class Registry(Generic[T]):
             raise TypeError(
                 f'the name of a {self.kind} must be a str, got {name!r}; name it in the decorator: ("mine")'
             )
-        if not name.strip():
-            raise ValueError(f"the name of a {self.kind} must not be empty, got {name!r}")
+        if not name.strip() or "," in name:  # the command line takes several names with commas between them
+            raise ValueError(f"the name of a {self.kind} must not be empty nor hold a comma, got {name!r}")
 
     def get(self, name: str) -> T:
         """Return the entry, or raise a ValueError with the nearest names; a TypeError for what is no name."""

@@ -419,6 +419,7 @@ def test_what_can_be_no_method_is_not_registered() -> None:
         (lambda: register_method(mine), TypeError, "the name of a method must be a str, got <function"),  # type: ignore[arg-type]
         (lambda: register_method(7)(mine), TypeError, "the name of a method must be a str, got 7"),  # type: ignore[arg-type]
         (lambda: register_method(" ")(mine), ValueError, "must not be empty"),
+        (lambda: register_method("a,b")(mine), ValueError, "nor hold a comma, got 'a,b'"),
         (lambda: register_method("five")(5), TypeError, "must be a class or a function"),  # type: ignore[type-var]
         (lambda: register_method("mute")(Mute), TypeError, "Mute has none"),
     ):

@@ -339,6 +339,8 @@ def test_bad_densities():
 def test_bad_fixations():
     maps, fixations, _ = random_case()
     for score in (nss, auc, auc_judd, information_gain):
+        with pytest.raises(TypeError, match="fixations must hold one torch.Tensor an image, got NoneType"):
+            score(maps, None)
         with pytest.raises(ValueError, match="fixations must hold one tensor for each of the 5 maps, got 4"):
             score(maps, fixations[:4])
     with pytest.raises(ValueError, match="other must hold one tensor for each of the 5 maps, got 1"):

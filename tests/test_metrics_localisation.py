@@ -341,6 +341,10 @@ def test_bad_fixations():
         fixation_pixels([[[0, 0]]], (3, 5))
     with pytest.raises(ValueError, match=r"fixations of image 0 must have shape \(n, 2\) for \(x, y\), got \(2,\)"):
         fixation_pixels([torch.zeros(2)], (3, 5))
+    with pytest.raises(TypeError, match="fixations must hold one torch.Tensor an image, got NoneType"):
+        fixation_pixels(None, (4, 4))
+    with pytest.raises(TypeError, match=r"size must be the image's \(height, width\), got 24"):
+        fixations_to_density([torch.zeros(1, 2)], 24, 2)
     with pytest.raises(ValueError, match="fixations must hold one tensor an image, got an empty list"):
         fixation_pixels([], (3, 5))
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-__all__ = ["boxes_to_masks", "centred_gaussian", "fixation_pixels", "fixations_to_density", "other_fixations"]
+__all__ = ["boxes_to_masks", "centred_gaussian", "check_listed", "fixation_pixels", "fixations_to_density"]
+__all__ += ["other_fixations"]
 
 # Boxes that went through a resize touch the border only up to float32 rounding.
 _SLACK = 1e-3
@@ -138,7 +140,14 @@ def _bell(distance: Tensor, sigma: float) -> Tensor:
     return torch.exp(-0.5 * (distance / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
 
 
+def check_listed(items: Any, name: str) -> None:
+    """Refuse what holds no tensor for each image."""
+    if not isinstance(items, Sequence | Tensor):
+        raise TypeError(f"{name} must hold one torch.Tensor an image, got {type(items).__name__}")
+
+
 def _tensors(items: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
+    check_listed(items, name)
     rows = list(items)
     for row in rows:
         if not isinstance(row, Tensor):
@@ -158,6 +167,8 @@ def _pad(rows: list[Tensor], columns: int) -> tuple[Tensor, Tensor]:
 def _pack(fixations: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Fixations as (B, n, 2) float64 (0 where padded) and which are no padding, checked against the image."""
     rows = _tensors(fixations, "fixations")
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise TypeError(f"size must be the image's (height, width), got {size!r}")
     if not rows:
         raise ValueError("fixations must hold one tensor an image, got an empty list")
     for index, row in enumerate(rows):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ib_explain.checks import did_you_mean
 from ib_explain.metrics.base import register_function
-from ib_explain.metrics.ground_truth import centred_gaussian, fixation_pixels
+from ib_explain.metrics.ground_truth import centred_gaussian, check_listed, fixation_pixels
 from ib_explain.metrics.values import evened, flat_heat, flat_values, is_constant, undefined_where
 
 __all__ = [
@@ -177,6 +177,7 @@ def auc_shuffled(maps: Tensor, fixations: Sequence[Tensor], other: Sequence[Tens
     """
     values = evened(flat_values(maps))
     at, valid = _at_fixations(values, maps, fixations)
+    check_listed(other, "other")
     if len(other) != len(values):
         raise ValueError(f"other must hold one tensor for each of the {len(values)} maps, got {len(other)}")
     wins = []
@@ -268,6 +269,7 @@ def _pixels(
     values: Tensor, maps: Tensor, fixations: Sequence[Tensor], name: str = "fixations"
 ) -> tuple[Tensor, Tensor]:
     """Index of each fixation's pixel among the N of a row of `values`, (B, n), and which are no padding, (B, n)."""
+    check_listed(fixations, name)
     if len(fixations) != len(values):
         raise ValueError(f"{name} must hold one tensor for each of the {len(values)} maps, got {len(fixations)}")
     index, valid = fixation_pixels(fixations, _size(maps))
