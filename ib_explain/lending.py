@@ -184,6 +184,10 @@ OTHER_CHANNELS = re.compile(r"expected input.* to have (\d+) channels, but got (
 OTHER_DTYPE = re.compile(r"dtype|Input type|scalar type|data ?type")
 
 
+# Python's own words where a forward takes keywords alone, or more than the images.
+CALL_REFUSED = re.compile(r"forward\(\) (takes 1 positional argument|missing \d+ required)")
+
+
 def run_host(model: nn.Module, x: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
     """Run the host and check that it returned logits (B, K).
 
@@ -199,6 +203,11 @@ def run_host(model: nn.Module, x: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
         refused = OTHER_CHANNELS.search(str(error))
         if refused and int(refused[2]) == x.shape[1]:
             raise Unfit(f"the model's images must have {refused[1]} channels, got {refused[2]}: {error}") from error
+        raise
+    except TypeError as error:
+        if CALL_REFUSED.search(str(error)):
+            told = "model must take the images as its one positional argument; wrap it, or give additional_forward_args"
+            raise Unfit(f"{told} to a method that takes them: {error}") from error
         raise
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != x.shape[0]:
         expected = f"model must map (B, 3, H, W) to logits (B, K) with B = {x.shape[0]}"

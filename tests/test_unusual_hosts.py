@@ -171,6 +171,22 @@ def test_other_outputs_are_told_with_the_way_out(pictures):
         ibx.attribute(Wrapped(Net(), "dict").eval(), pictures)
 
 
+class ByKeyword(Net):
+    def forward(self, *, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(pixel_values)
+
+
+class WithMore(Net):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x * mask)
+
+
+@pytest.mark.parametrize("kind", [ByKeyword, WithMore])
+def test_a_forward_that_takes_something_else_is_told_with_the_way_out(kind, pictures):
+    with pytest.raises(ValueError, match="model must take the images as its one positional argument; wrap it"):
+        ibx.attribute(kind().eval(), pictures)
+
+
 def test_a_model_without_its_classifier_is_refused(pictures):
     headless = timm.create_model("test_resnet", num_classes=0).eval()
     with pytest.raises(ValueError, match=r"no classifier \(num_classes=0\): it returns features"):
