@@ -567,7 +567,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         check_reached(place.site)
         if place == self._place:
             return
-        warn_of_window(place.site)
+        warn_of_window(self.host, place.site, args)
         if self.gate != "residual":
             warn_of_leak(self.host, place.site, args)
 

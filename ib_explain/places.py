@@ -12,7 +12,7 @@ from ib_explain.checks import warn_user
 from ib_explain.cuts import ANSWERS_DIFFER, answers_differ
 from ib_explain.io import layout_from_json
 from ib_explain.layouts import Layout
-from ib_explain.sites import Site, deeper_sites, layouts_of, resolve_site
+from ib_explain.sites import Site, candidate_layers, deeper_sites, layouts_of, resolve_site
 
 __all__ = ["Place", "check_reached", "find_place", "warn_of_leak", "warn_of_window"]
 
@@ -112,9 +112,14 @@ def check_reached(site: Site) -> None:
         )
 
 
-def warn_of_window(site: Site) -> None:
+def warn_of_window(host: nn.Module, site: Site, args: tuple[Any, ...]) -> None:
     """Warn of a host that crops or pads its images, whose grid is drawn over all of the image nevertheless."""
-    if not site.layout.aligned:
+    if site.layout.aligned:
+        return
+    # Deep in an untrained host branches that start at zero leave strides alone, which skip what lies between: the first
+    # layer tells.
+    first = layouts_of(host, candidate_layers(host, site.input_size)[:1], site.input_size, args)
+    if not any(isinstance(layout, Layout) and layout.aligned for layout in first.values()):
         told = f"the grid of layer {site.name!r} does not cover the image as it is given: the model crops or pads it"
         warn_user(f"{told}, and maps are stretched over all of it; crop or pad before the model instead")
 

@@ -536,7 +536,7 @@ def test_a_gate_without_bits_says_none(tmp_path, capsys):
     assert "bits per image" not in said and "what passes keeps" in said
     assert f"--bottleneck '{out}' --output attention IMAGE" in said
     shown = ["attribute", *words, "--bottleneck", out, "--out", tmp_path / "maps", tmp_path / "pictures"]
-    assert "the 'residual' gate and no bits; give --output attention" in fails(capsys, *shown)
+    assert "has the gate 'residual', which measures no bits; give --output attention" in fails(capsys, *shown)
     assert main([str(word) for word in [*shown, "--output", "attention"]]) == 0
 
 

@@ -117,6 +117,10 @@ def test_a_host_that_crops_or_pads_is_told(kind, pictures):
         UserWarning, match=r"grid of layer '(a|act|b)' does not cover the image .*: the model crops or pads it"
     ):
         ibx.attribute(Net(kind).eval(), pictures, steps=1)
+    untrained = timm.create_model("resnet18", num_classes=5).eval()  # whose branches start at zero
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ibx.attribute(untrained, pictures, layer="layer3", steps=1)
     for size in ((64, 64), (66, 71), (9, 9)):  # pixels that are left over at the border are no crop
         assert all(site.layout.aligned for site in ibx.sites(Net().eval(), (3, *size)))
 
