@@ -151,7 +151,7 @@ def benchmark(
             _run(measure, source, store, accelerator, show_progress)
         except BaseException:
             if accelerator.num_processes == 1:  # others may be at work in it
-                store.discard_if_empty()
+                store.undo_if_empty()
             raise
         board = Leaderboard.of(store, reference=reference)
         if accelerator.is_main_process:

@@ -205,7 +205,8 @@ def run_host(model: nn.Module, x: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
             raise Unfit(f"the model's images must have {refused[1]} channels, got {refused[2]}: {error}") from error
         raise
     except TypeError as error:
-        if CALL_REFUSED.search(str(error)):
+        own = getattr(type(model).forward, "__qualname__", "forward")
+        if str(error).startswith(f"{own}()") and CALL_REFUSED.search(str(error)):  # not an inner module's
             told = "model must take the images as its one positional argument; wrap it, or give additional_forward_args"
             raise Unfit(f"{told} to a method that takes them: {error}") from error
         raise
@@ -228,8 +229,10 @@ def _tells(model: nn.Module, outputs: Tensor) -> bool:
     Warns:
         UserWarning: probabilities come for logits.
     """
-    if getattr(model, "num_classes", None) == 0 and isinstance(_classifier(model), nn.Identity):
+    if getattr(model, "num_classes", None) == 0 and outputs.shape[1] == getattr(model, "num_features", None):
         raise Unfit("model has no classifier (num_classes=0): it returns features; create it with num_classes=K")
+    if not bool(outputs.isfinite().all()):
+        return False
     if outputs.shape[1] < 2 or bool(((outputs < 0) | (outputs > 1)).any()):
         return True
     sums_to_one = bool(((outputs.float().sum(1) - 1).abs() < 1e-2).all())
@@ -240,11 +243,6 @@ def _tells(model: nn.Module, outputs: Tensor) -> bool:
         "that returns the logits, or the logarithm of a softmax"
     )
     return True
-
-
-def _classifier(model: nn.Module) -> Any:
-    found = getattr(model, "get_classifier", None)
-    return found() if callable(found) else None
 
 
 def _told(output: Any) -> str:

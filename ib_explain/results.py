@@ -6,6 +6,7 @@ rows are the means of resuming: a batch counts only if all its rows are there.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -59,6 +60,7 @@ class RunStore:
     _whole: dict[int, bool] = field(default_factory=dict, repr=False)
     _begun_here: bool = False
     _made_folder: bool = False
+    _former: dict[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
     def open(
@@ -95,6 +97,7 @@ class RunStore:
             folder = temporary = tempfile.mkdtemp(prefix="ib-explain-")
         path = Path(folder)
         run = check_folder(path, plain, extend=extend)
+        former: dict[str, Any] | None = None
         begun_here, made_folder = run is None and rank == 0, not path.exists()
         if run is None:
             if rank > 0:
@@ -102,12 +105,13 @@ class RunStore:
             run = {"format": FORMAT, "fingerprint": _fingerprint(plain), "settings": plain, "info": extra}
             run["resumed"] = []
         elif rank == 0:
+            former = copy.deepcopy(run)
             run |= {"fingerprint": _fingerprint(plain), "settings": plain}
             run["resumed"].append(extra)
         if rank == 0:
             path.mkdir(parents=True, exist_ok=True)
             write_file(path / "run.json", _json(run))
-        store = cls(path, run, rank, _begun_here=begun_here, _made_folder=made_folder)
+        store = cls(path, run, rank, _begun_here=begun_here, _made_folder=made_folder, _former=former)
         if temporary is not None:  # gone with the store
             weakref.finalize(store, shutil.rmtree, temporary, ignore_errors=True)
         store._clean()
@@ -171,6 +175,7 @@ class RunStore:
             file.write(rows_to_csv({batch: rows}, head=file.tell() == 0).encode())
             file.flush()
             os.fsync(file.fileno())
+        self._former = None
         self._done.add(batch)
         self._found.pop(batch, None)
 
@@ -193,8 +198,10 @@ class RunStore:
                         parts[part.method, part.metric].append(part)
         return [join_curves(parts[key]) for key in sorted(parts)]
 
-    def discard_if_empty(self) -> None:
-        """Leave the folder free again where nothing was measured: a mistake in the data must not hold it."""
+    def undo_if_empty(self) -> None:
+        """Leave the folder as it was where nothing was measured: a mistake in the data must not hold it."""
+        if self._former is not None:  # what a run was to be extended by would bind all later starts
+            write_file(self.folder / "run.json", _json(self._former))
         if self._begun_here and not any(any(self.folder.glob(pattern)) for pattern in OURS):
             (self.folder / "run.json").unlink(missing_ok=True)
             if self._made_folder and not any(self.folder.iterdir()):
@@ -219,10 +226,14 @@ class RunStore:
         """
         if folder.exists() and folder.resolve() == self.folder.resolve():
             return
+        if not self.folder.exists():
+            raise ValueError(f"the run's own folder {self.folder} is gone; it goes with the board that was made first")
         batches = self._batches()
         present = check_folder(folder, self.run["settings"])
-        if present is not None and not RunStore.read(folder)._done <= batches.keys():
-            raise ValueError(f"{folder} holds more of this run than is to be saved; choose another folder")
+        if present is not None:
+            ours = {row.key for rows in batches.values() for row in rows}
+            if not {row.key for row in RunStore.read(folder).rows()} <= ours:
+                raise ValueError(f"{folder} holds more of this run than is to be saved; choose another folder")
         (folder / "curves").mkdir(parents=True, exist_ok=True)
         for path in (self._curves_path(batch) for batch in batches):
             if path.exists():

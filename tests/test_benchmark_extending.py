@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import sys
 
 import numpy as np
@@ -103,28 +105,59 @@ def test_to_extend_a_run_that_is_not_there_is_to_begin_it(host, data, tmp_path):
 def test_an_extension_that_is_stopped_keeps_the_old_and_goes_on(host, data, tmp_path):
     former = measure(host, data, METHODS, METRICS, out=tmp_path / "run")
     extended = {"methods": [*METHODS, mine], "out": tmp_path / "run", "reference": "mine", "metrics": METRICS}
-    for stop_at, message in (
-        (1, "holds insertion of mine (and 1 more) for 0 of 6 images; the same command goes on"),
-        (2, "holds insertion of mine (and 1 more) for 2 of 6 images; the same command goes on"),
-    ):
-        ASKED.clear()
-        STOP_AT.add(stop_at)
-        with pytest.raises(KeyboardInterrupt):
-            measure(host, data, extend=True, **extended)
-        STOP_AT.clear()
-        with pytest.warns(UserWarning) as warned:
-            half = Leaderboard.read(tmp_path / "run")
-        assert message in str(warned[0].message)
-        for method in METHODS:
-            for metric in METRICS:
-                assert half.summary.cells[method, metric] == former.summary.cells[method, metric]
-        assert ("mine" in half.summary.methods) == (half.summary.reference == "mine") == (stop_at == 2)
+    STOP_AT.add(2)
+    with pytest.raises(KeyboardInterrupt):
+        measure(host, data, extend=True, **extended)
+    STOP_AT.clear()
+    with pytest.warns(UserWarning) as warned:
+        half = Leaderboard.read(tmp_path / "run")
+    told = "holds insertion of mine (and 1 more) for 2 of 6 images; the same command goes on"
+    assert told in str(warned[0].message)
+    for method in METHODS:
+        for metric in METRICS:
+            assert half.summary.cells[method, metric] == former.summary.cells[method, metric]
+    assert "mine" in half.summary.methods and half.summary.reference == "mine"
     ASKED.clear()
     board = measure(host, data, **extended)  # it is that run by now
     assert len(ASKED) == 2  # of three batches
     measure(host, data, [*METHODS, mine], METRICS, out=tmp_path / "whole")
     assert rows_file(tmp_path / "run") == rows_file(tmp_path / "whole")
     assert board.summary.reference == "mine"
+
+
+def test_a_fuller_run_is_not_saved_over_by_one_that_was_stopped(host, data, tmp_path):
+    extended = {"methods": [*METHODS, mine], "metrics": METRICS}
+    measure(host, data, out=tmp_path / "full", **extended)
+    measure(host, data, METHODS, METRICS, out=tmp_path / "run")
+    ASKED.clear()
+    STOP_AT.add(2)
+    with pytest.raises(KeyboardInterrupt):
+        measure(host, data, extend=True, out=tmp_path / "run", **extended)
+    before = rows_file(tmp_path / "full")
+    with pytest.warns(UserWarning, match="holds insertion of mine"):
+        half = Leaderboard.read(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds more of this run than is to be saved"):
+        half.save(tmp_path / "full")
+    assert rows_file(tmp_path / "full") == before
+
+
+def test_an_extension_that_measured_nothing_leaves_the_run_as_it_was(host, data, tmp_path):
+    former = measure(host, data, METHODS, METRICS, out=tmp_path / "run")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    STOP_AT.add(1)
+    with pytest.raises(KeyboardInterrupt):
+        measure(host, data, [*METHODS, mine], METRICS, extend=True, out=tmp_path / "run")
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    assert measure(host, data, METHODS, METRICS, out=tmp_path / "run").to_csv() == former.to_csv()
+
+
+def test_a_copy_whose_folder_is_gone_says_so(host, data, tmp_path):
+    board = measure(host, data, METHODS, METRICS)
+    other = copy.deepcopy(board)
+    del board
+    gc.collect()
+    with pytest.raises(ValueError, match="own folder .* is gone"):
+        other.save(tmp_path / "out")
 
 
 # What lies in the folder

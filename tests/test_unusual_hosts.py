@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ib_explain as ibx
+from ib_explain import buffers
 from ib_explain.data import demo_host
 from ib_explain.methods import NotApplicable
 from tests.states import assert_same, state
@@ -140,6 +141,60 @@ def test_buffers_that_each_pass_moves_come_back(kind, pictures):
     assert host.centre is centre
 
 
+class Cache(Net):
+    """Keeps a grid of the images' size, and beside it the size that it is of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size: tuple[int, ...] = ()
+        self.register_buffer("grid", torch.zeros(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.size != tuple(x.shape[2:]):
+            self.size = tuple(x.shape[2:])
+            self.grid = torch.arange(float(x.shape[2] * x.shape[3])) * x.shape[2]
+        return super().forward(x)
+
+
+def test_a_cache_of_the_images_size_stays_with_what_tells_its_size():
+    host = Cache().eval()
+    for size in ((64, 32), (32, 64), (64, 32)):
+        ibx.attribute(host, torch.randn(2, 3, *size), method="saliency")
+        assert host.size == size and host.grid[1] == size[0]
+
+
+class Odd(Net):
+    """Buffers of unusual kinds, of which two are written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("graph", torch.eye(4).to_sparse())
+        self.register_buffer("expanded", torch.zeros(1).expand(5))
+        self.register_buffer("graphed", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.expanded = self.expanded + 1
+        self.graphed.mul_(0.9).add_(x.mean())
+        return super().forward(x)
+
+
+def test_buffers_of_unusual_kinds_come_back(pictures):
+    host = Odd().eval()
+    for _ in range(2):
+        ibx.attribute(host, pictures, method="saliency")
+    assert host.expanded.eq(0).all() and host.graphed == 0 and not host.graphed.requires_grad
+    copy.deepcopy(host)
+
+
+def test_a_host_that_was_moved_after_a_call_without_passes(pictures):
+    host = Net("moves").eval()
+    ibx.attribute(host, pictures, method="random")  # after which nothing is known of its buffers
+    came, left = buffers._UNSETTLED[host]
+    meta = {name: kept._replace(value=kept.value.to("meta")) for name, kept in left.items()}  # as from another device
+    buffers._UNSETTLED[host] = came, meta
+    assert torch.isfinite(ibx.attribute(host, pictures, method="saliency")).all()
+
+
 def test_a_host_of_random_answers_is_told_as_such(pictures):
     told = "gives other logits each time for the same images, as with dropout in eval mode"
     with pytest.raises((ValueError, NotApplicable), match=told):
@@ -157,6 +212,29 @@ def test_probabilities_in_place_of_logits_are_told_once(output):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             ibx.attribute(quiet, x, steps=1)
+
+
+class Outer(Net):
+    """One of its modules is called with too little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = WithMore()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_the_hosts_own_faults_stay_what_they_are(pictures):
+    with pytest.raises(TypeError, match=r"WithMore.forward\(\) missing 1 required positional argument: 'mask'"):
+        ibx.attribute(Outer().eval(), pictures, method="saliency")
+    broken = Net().eval()
+    broken.head = nn.Linear(32, 100)
+    nn.init.constant_(broken.head.bias, torch.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # NaN is no probability
+        with pytest.raises(ValueError, match="NaN"):
+            ibx.attribute(broken, pictures, steps=1)
 
 
 def test_a_head_of_zeros_gives_no_probabilities(pictures):
@@ -198,6 +276,9 @@ def test_a_model_without_its_classifier_is_refused(pictures):
     headed = copy.deepcopy(headless)
     headed.fc = nn.Linear(headed.num_features, 4)  # a head put in by hand
     assert torch.isfinite(ibx.attribute(headed, pictures, steps=1)).all()
+    other = timm.create_model("test_convnext", num_classes=0).eval()
+    other.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(other.num_features, 5))
+    assert torch.isfinite(ibx.attribute(other, pictures, method="saliency")).all()
 
 
 def test_a_fault_of_the_host_is_no_refusal_of_a_size(pictures):
