@@ -173,17 +173,17 @@ def _run(measure: Measure, source: Source, store: RunStore, accelerator: Acceler
     """Measure the batches that fall to this process and are not stored yet, then bring all together."""
     rank, world, methods = accelerator.process_index, accelerator.num_processes, len(measure.contenders)
     mine = {} if source.sizes is None else dict(list(enumerate(source.sizes))[rank::world])
-    left = sum(size * len(measure.lacking(number, store.cells(number))) for number, size in mine.items())
+
+    def lacking(number: int) -> Mapping[str, Sequence[Metric]]:
+        return measure.lacking(number, store.cells(number))
+
+    left = sum(size * len(lacking(number)) for number, size in mine.items())
     total = sum(mine.values()) * methods
     # Without a length nobody knows what is left.
     show = show_progress and rank == 0 and source.sizes is not None
-
-    def finished(number: int) -> bool:
-        return not measure.lacking(number, store.cells(number))
-
     with Progress(total, "benchmark", show=show, done=total - left) as progress:
-        for batch in source.batches(finished, rank, world):
-            rows, curves = measure(batch, progress, store.cells(batch.number))
+        for batch in source.batches(lambda number: not lacking(number), rank, world):
+            rows, curves = measure(batch, lacking(batch.number), progress)
             store.append(batch.number, rows, curves)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

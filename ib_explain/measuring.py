@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +74,7 @@ class Measure:
             self._everyone = torch.cat(list(fixations))
             self._starts = [0, *itertools.accumulate(len(points) for points in fixations)]
 
-    def lacking(self, batch: int, stored: Collection[tuple[str, str]] = ()) -> dict[str, list[Metric]]:
+    def lacking(self, batch: int, stored: Collection[tuple[str, str]]) -> dict[str, list[Metric]]:
         """By method, the metrics that a batch is to be measured by and is not yet; `stored` are (method, metric)."""
         of_batch = [metric for metric in self.metrics if batch == 0 or metric.family != "cost"]
         by_method = {
@@ -84,9 +84,9 @@ class Measure:
         return {method: metrics for method, metrics in by_method.items() if metrics}
 
     def __call__(
-        self, batch: ImageBatch, progress: Progress, stored: Collection[tuple[str, str]] = ()
+        self, batch: ImageBatch, wanted: Mapping[str, Sequence[Metric]], progress: Progress
     ) -> tuple[list[Row], list[CurveBatch]]:
-        """The rows of a batch for what is not stored of it yet, and the curves behind some of them.
+        """The rows of a batch for these metrics of these methods, and the curves behind some of them.
 
         Raises:
             IndexError: a label that is no class of the host.
@@ -95,11 +95,10 @@ class Measure:
         rows: list[Row] = []
         curves: list[CurveBatch] = []
         shared = self._case(batch)
-        lacking = self.lacking(batch.number, stored)
         for contender in self.contenders:
-            if contender.name not in lacking:
+            if contender.name not in wanted:
                 continue
-            for metric, outcome in self._outcomes(contender, shared, lacking[contender.name]).items():
+            for metric, outcome in self._outcomes(contender, shared, wanted[contender.name]).items():
                 if outcome.status == "failed" and contender.name not in self._told:
                     self._told.add(contender.name)
                     progress.note(f"benchmark: {contender.name} failed under {metric}: {outcome.reason}")
