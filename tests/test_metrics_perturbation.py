@@ -237,6 +237,13 @@ def test_sensitivity_n_is_undefined_for_a_constant_map(net, batch):
     assert sensitivity_n(net, x, maps, sets=5).auc.isnan().tolist() == [False, True, False]
 
 
+def test_sensitivity_n_does_not_depend_on_the_maps_unit(net, batch):
+    x, maps = batch
+    expected = sensitivity_n(net, x, maps).auc
+    for scale in (1e-30, 1e38):  # whose sums leave float32
+        torch.testing.assert_close(sensitivity_n(net, x, maps * scale).auc, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_sensitivity_n_depends_on_the_seed_alone(net, batch):
     state = torch.get_rng_state()
     first = sensitivity_n(net, *batch, sets=5, seed=1)
