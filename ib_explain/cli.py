@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(commands: Commands) -> None:
     demo = commands.add_parser(
         "demo",
-        help="the whole path on pictures with known evidence; offline, about a minute",
+        help="the whole path on pictures with known evidence; offline, a minute or two",
         description="Fit a bottleneck on a small shipped classifier of synthetic pictures, draw maps, and measure "
         "whether they find the evidence, beside Grad-CAM and a centred Gaussian. Needs no data and no network.",
         epilog="example:\n  ib-explain demo --out ib-demo\n",
