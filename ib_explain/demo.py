@@ -45,7 +45,7 @@ MapOf = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of the demo; the defaults take about a minute on two cores.
+    """Sizes of the demo; the defaults take one to two minutes on two cores.
 
     Attributes:
         fit_images: pictures to fit on.
