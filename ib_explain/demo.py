@@ -55,8 +55,8 @@ class DemoSettings:
     """
 
     fit_images: int = 2048
-    steps: int = 100
-    test_images: int = 256
+    steps: int = 80
+    test_images: int = 128
     rows: int = 2
 
 
