@@ -15,12 +15,10 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import Saliency
-from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
 import ib_explain as ibx
-from ib_explain.cli import main
 from ib_explain.contenders import contenders_of
 from ib_explain.data.gaze import GazeBatch
 from ib_explain.figures import LIGHT, Plot
@@ -380,44 +378,6 @@ def test_names_at_the_front_door_stay_functions():
     assert callable(ibx.sites) and callable(ibx.benchmark) and callable(ibx.visualize) and callable(overlay)
     assert ibx.benchmark.__module__ == "ib_explain.benchmark" and ibx.Leaderboard is ib_explain.Leaderboard
     assert {"insertion", "cc", "time"} <= set(ibx.available_metrics())
-
-
-def test_command_line(tmp_path, capsys, monkeypatch):
-    noise = np.random.default_rng(0)
-    for name in "ab":
-        (tmp_path / "val" / name).mkdir(parents=True)
-        for number in range(2):
-            pixels = noise.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "val" / name / f"{number}.png")
-    boxes = tmp_path / "boxes.csv"
-    boxes.write_text("split,file,xmin,ymin,xmax,ymax\nval,a/0.png,3,4,30,40\nval,b/1.png,3,4,30,40\ntrain,c,0,0,1,1\n")
-    words = ["benchmark", "test_resnet", "--input-size", "64", "--num-classes", "5", "--device", "cpu"]
-    words += ["--data", str(tmp_path), "--split", "val", "--workers", "0", "--out", str(tmp_path / "out")]
-
-    def run(*more, words=words):
-        torch.manual_seed(0)  # the weights
-        code = main([*words, *more])
-        return code, capsys.readouterr()
-
-    code, said = run("--boxes", str(boxes), "--methods", "grad_cam,edges", "--metrics", "insertion,energy_inside")
-    assert code == 0, said.err
-    assert "energy_inside" in said.out and "report.html" in said.out
-    board = ibx.Leaderboard.read(tmp_path / "out")
-    assert [row.name for row in board.rows[::4]] == ["a/0.png", "b/1.png"]  # those that have a box
-    assert board.run["info"]["data"] == f"{tmp_path.name} val"
-    assert f"{tmp_path.name} val" in (tmp_path / "out" / "report.html").read_text()
-    for more, message in (
-        (["--methods", "gradcam"], "did you mean 'grad_cam'"),
-        (["--metrics", "energy_inside"], "needs masks, which the data does not have"),
-        (["--gaze", str(tmp_path)], "or --gaze FOLDER; got both"),
-        (["--boxes", str(tmp_path / "none.csv")], "no such table of boxes"),
-        (["--bottleneck", str(tmp_path)], "no saved bottleneck"),
-        (["--metrics", "insertion", "--methods", "edges"], "holds another run"),
-    ):
-        code, said = run(*more)
-        assert code == 2 and message in said.err.splitlines()[-1], said.err
-    code, said = run("--gaze", str(tmp_path), "--split", "val", words=words[:8])
-    assert code == 2 and "--split goes with --data, not with --gaze" in said.err.splitlines()[-1]
 
 
 def test_an_object_of_captums_is_held_to_the_model_it_was_made_for(host):
