@@ -1,50 +1,26 @@
-"""Fitting: what trains, what data may be, resuming after a kill, several processes, beta from a budget."""
+"""Fitting: what trains, beta from what is at stake, seeds, several processes."""
+
+from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import ib_explain as ibx
 from ib_explain.bottleneck.attention import AttentionNetwork
 from ib_explain.data.synthetic import Synthetic, demo_host
-from ib_explain.fitting import train
 from ib_explain.ib import IBAttention
 from ib_explain.metrics import deletion
 from ib_explain.objective import BETA_PER_STAKE
-from ib_explain.training import Trainer
-from tests.models import CLASSES, images, tiny
+from tests.fitting import ENVIRONMENT, assert_equal, batches, fit, run_script, weights
+from tests.models import images, tiny
 from tests.test_per_image import planted
-
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def batches(count=4, size=8):
-    return [(images(size, seed=s), torch.randint(0, CLASSES, (size,))) for s in range(count)]
-
-
-def fit(data, steps=6, **options):
-    ib = IBAttention(tiny(), "stages.1", **{k: options.pop(k) for k in ("reads", "anchors", "seed") if k in options})
-    return ib.fit(data, steps=steps, show_progress=False, **options)
-
-
-def weights(ib):
-    return ib.bottleneck.state_dict()
-
-
-def assert_equal(a, b, **tolerance):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
 class TestWhatTrains:
@@ -172,105 +148,6 @@ class TestWhatTrains:
         assert len(reads) == 1 + before + 3  # the first is looked at for its size
 
 
-RESUME = """
-    import os, signal, sys, torch
-    from ib_explain.ib import IBAttention
-    from tests.models import images, tiny
-
-    folder, fatal = sys.argv[1], int(sys.argv[2])
-    reads = 0
-
-    class Data(list):
-        def __iter__(self):
-            global reads
-            for batch in super().__iter__():
-                reads += 1
-                if reads == fatal:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                yield batch
-
-    data = Data(images(8, seed=s) for s in range(3))
-    ib = IBAttention(tiny(), "stages.1", anchors=3)
-    ib.fit(data, steps=9, checkpoint=folder, every=2, resume=True, show_progress=False)
-    ib.save(folder + "-result")
-"""
-
-
-def run(script, *arguments, launcher=()):
-    command = [sys.executable, *launcher, script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-
-
-def test_a_killed_fit_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
-    script = tmp_path / "resume.py"
-    script.write_text(textwrap.dedent(RESUME))
-    killed = run(script, tmp_path / "a", 11)  # 1 + 3 batches for the statistics, then in the 7th step
-    assert killed.returncode == -9 and (tmp_path / "a").is_dir() and not (tmp_path / "a-result").exists()
-    assert json.loads((tmp_path / "a" / "config.json").read_text())["run"]["step"] == 6
-    again = run(script, tmp_path / "a", 0)
-    assert again.returncode == 0, again.stderr
-    assert run(script, tmp_path / "b", 0).returncode == 0
-    host = tiny()
-    resumed, whole = (IBAttention.load(tmp_path / f"{n}-result", host) for n in "ab")
-    assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
-    assert resumed.record["history"] == whole.record["history"]
-
-
-def test_a_checkpoint_of_another_run_is_refused_and_a_crash_between_renames_is_survived(tmp_path):
-    data, folder = batches(), tmp_path / "run"
-    fit(data, steps=4, checkpoint=folder, every=2)
-    with pytest.raises(ValueError, match="checkpoint of a fit with steps=4, not 8"):
-        fit(data, steps=8, checkpoint=folder, resume=True)
-    with pytest.raises(ValueError, match="the checkpoint of a fit with batch_size=8, not 4"):
-        fit(batches(size=4), steps=4, checkpoint=folder, resume=True)
-    other, another = tiny(seed=1), tiny()
-    another.fc = torch.nn.Linear(another.fc.in_features, 9)
-    for host, what in ((other, "to a host with other weights"), (another, "to another architecture")):
-        with pytest.raises(ValueError, match=f"is the checkpoint of a fit {what}"):
-            IBAttention(host, "stages.1").fit(data, steps=4, checkpoint=folder, resume=True)
-    folder.rename(tmp_path / ".run.set-aside")  # as a crash between the two renames leaves it
-    assert_equal(weights(fit(data, steps=4, checkpoint=folder, resume=True)), weights(fit(data, steps=4)))
-
-
-def test_a_checkpoint_of_a_fit_on_other_images_is_told(tmp_path):
-    data, folder = batches(), tmp_path / "run"
-    fit(data, steps=4, checkpoint=folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fit(data, steps=4, checkpoint=folder, resume=True)
-    others = [(x.flip(0), y) for x, y in data]
-    with pytest.warns(UserWarning, match="data began with other images: its 4 of 4 steps are not taken again on these"):
-        fit(others, steps=4, checkpoint=folder, resume=True)
-
-
-def test_a_run_folder_that_is_no_checkpoint(tmp_path):
-    data, folder, ib = batches(), tmp_path / "run", fit(batches(), steps=4)
-    ib.save(folder)
-    for resume in (False, True):
-        with pytest.raises(FileExistsError, match="holds a saved bottleneck; name another folder for checkpoints"):
-            fit(data, steps=4, checkpoint=folder, resume=resume)
-    assert IBAttention.load(folder, ib.host).record["settings"]["steps"] == 4
-    run = tmp_path / "whole"
-    fit(data, steps=4, every=2, checkpoint=run)
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "run"}))
-    with pytest.raises(ValueError, match=r"is damaged: bottleneck.safetensors or config.json was changed since"):
-        fit(data, steps=4, checkpoint=run, resume=True)
-    (run / "config.json").write_text(json.dumps(config))
-    (run / "optimiser.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"is a damaged checkpoint: it has no optimiser.safetensors"):
-        fit(data, steps=4, checkpoint=run, resume=True)
-    for lost in ("config.json", "bottleneck.safetensors"):
-        fit(data, steps=4, every=2, checkpoint=tmp_path / lost)
-        (tmp_path / lost / lost).unlink()
-        with pytest.raises(ValueError, match=f"is a damaged checkpoint: it has no {lost}; remove it"):
-            fit(data, steps=4, checkpoint=tmp_path / lost, resume=True)
-    with pytest.raises(TypeError, match="checkpoint must be the name of a folder, got int"):
-        fit(data, steps=4, checkpoint=3)
-    with pytest.raises(TypeError, match="resume must be"):
-        fit(data, steps=4, checkpoint=run, resume="no")
-
-
 def test_the_callers_autocast_is_no_precision_of_the_fit():
     plain, inside = (IBAttention(tiny(), "stages.1") for _ in range(2))
     plain.fit(batches(), steps=3, show_progress=False)
@@ -279,72 +156,6 @@ def test_the_callers_autocast_is_no_precision_of_the_fit():
         inside.fit(data, steps=3, show_progress=False)
     assert_equal(weights(inside), weights(plain))
     assert inside.record["settings"]["precision"] == "fp32"
-
-
-def test_when_checkpoints_are_written(tmp_path, monkeypatch):
-    """By default a tenth of the fit lies between two; there is one at the end in any case."""
-    written = []
-    monkeypatch.setattr("ib_explain.ib.write_checkpoint", lambda *given: written.append(given[3]))
-    for steps, every, expected in ((25, None, [*range(2, 26, 2), 25]), (5, None, [1, 2, 3, 4, 5]), (5, 3, [3, 5])):
-        written.clear()
-        fit(batches(), steps=steps, every=every, checkpoint=tmp_path / "run")
-        assert [now["run"]["step"] for now in written] == expected
-
-
-def test_a_checkpoint_that_is_loaded_as_a_bottleneck_says_what_it_is(tmp_path, monkeypatch):
-    class Stopped(Exception):
-        pass
-
-    class Stopping(list):
-        def __iter__(self):  # once for the statistics, then to the end for the first batches of the training
-            yield from super().__iter__()
-            if trained:
-                raise Stopped
-
-    trained = []
-    monkeypatch.setattr("ib_explain.ib.train", lambda *args, **more: trained.append(1) or train(*args, **more))
-    host = tiny()
-    with pytest.raises(Stopped):
-        IBAttention(host, "stages.1").fit(Stopping(batches()), steps=99, every=2, checkpoint=tmp_path / "run")
-    with pytest.warns(UserWarning, match=r"is the checkpoint of a fit after step \d+ of 99; fit\(..., checkpoint="):
-        IBAttention.load(tmp_path / "run", host)
-    fit(batches(), steps=4, checkpoint=tmp_path / "whole")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        IBAttention.load(tmp_path / "whole", fit(batches(), steps=1).host)
-
-
-@pytest.mark.parametrize("kind", ["fp16", "generator"])
-def test_resuming_ends_at_the_weights_of_an_uninterrupted_run(tmp_path, kind):
-    """Also with what has a state of its own: a gradient scaler, a loader's generator."""
-    options = {"precision": "fp16"} if kind == "fp16" else {}
-
-    def loader():
-        data = TensorDataset(images(40))
-        return DataLoader(data, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(5))
-
-    class Stopped(Exception):
-        pass
-
-    class Stops:
-        def __init__(self):
-            self.epochs = 0
-            self.generator = loader().generator
-
-        def __iter__(self):
-            self.epochs += 1
-            source = DataLoader(TensorDataset(images(40)), batch_size=8, shuffle=True, generator=self.generator)
-            for seen, batch in enumerate(source):
-                if self.epochs == 4 and seen == 3:  # places, statistics, and an epoch of training before
-                    raise Stopped
-                yield batch
-
-    whole = fit(loader(), steps=11, **options)
-    folder = tmp_path / "run"
-    with pytest.raises(Stopped):
-        fit(Stops(), steps=11, checkpoint=folder, every=2, **options)
-    resumed = fit(loader(), steps=11, checkpoint=folder, every=2, resume=True, **options)
-    assert_equal(weights(resumed), weights(whole), rtol=0, atol=0)
 
 
 def test_a_samplers_own_generator_starts_anew_with_each_fit_and_is_left_as_it_was():
@@ -416,26 +227,6 @@ def test_a_host_of_one_class_is_refused():
     assert deletion(Single().eval(), x, maps, score="logit").auc.isfinite().all()
 
 
-def test_an_interrupted_fit_is_not_begun_again_by_mistake(tmp_path, monkeypatch):
-    data, run = [images(8)], tmp_path / "run"
-    done = Trainer.step
-
-    def stops(self, *batch):
-        if self.step_number == 2:
-            raise KeyboardInterrupt
-        done(self, *batch)
-
-    monkeypatch.setattr(Trainer, "step", stops)
-    with pytest.raises(KeyboardInterrupt):
-        fit(data, steps=4, every=1, checkpoint=run)
-    monkeypatch.setattr(Trainer, "step", done)
-    with pytest.raises(FileExistsError, match=r"was interrupted after step 2 of 4; resume=True goes on from there"):
-        fit(data, steps=4, every=1, checkpoint=run)
-    assert json.loads((run / "config.json").read_text())["run"]["step"] == 2
-    fit(data, steps=4, every=1, checkpoint=run, resume=True)
-    fit(data, steps=4, every=1, checkpoint=run)  # over one that is at its end
-
-
 TWO = """
     import sys, torch
     from ib_explain.ib import IBAttention
@@ -454,10 +245,10 @@ TWO = """
 def test_two_processes_give_the_bottleneck_of_one_with_twice_the_batch(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(TWO))
-    one = run(script, tmp_path / "one", 16)
+    one = run_script(script, tmp_path / "one", 16)
     assert one.returncode == 0, one.stderr
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    two = run(script, tmp_path / "two", 8, launcher=launcher)
+    two = run_script(script, tmp_path / "two", 8, launcher=launcher)
     assert two.returncode == 0, two.stderr
     host = tiny()
     a, b = (IBAttention.load(tmp_path / n, host) for n in ("one", "two"))
@@ -475,24 +266,6 @@ def test_another_default_precision_changes_nothing():
         assert torch.isfinite(ib.attribute(data[0], refine=2)).all()
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (lambda tensors: tensors.pop("closed"), "is damaged"),
-        (lambda tensors: tensors.pop("0.exp_avg_sq"), "0.exp_avg_sq is missing or of another shape"),
-        (lambda tensors: tensors.update({"1.exp_avg": torch.zeros(2)}), "1.exp_avg is missing or of another shape"),
-    ],
-)
-def test_a_damaged_checkpoint_is_refused(tmp_path, change, told):
-    data, folder = batches(), tmp_path / "run"
-    fit(data, steps=4, checkpoint=folder, every=2)
-    tensors = load_file(folder / "optimiser.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "optimiser.safetensors")
-    with pytest.raises(ValueError, match=told):
-        fit(data, steps=4, checkpoint=folder, resume=True)
 
 
 @pytest.mark.parametrize("reads", ["gradient", "features"])

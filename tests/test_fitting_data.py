@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ib_explain.data.batches import Batches, Share
 from ib_explain.ib import IBAttention
+from tests.fitting import assert_equal, batches, fit, weights
 from tests.models import CLASSES, images, tiny
-from tests.test_fitting import assert_equal, batches, fit, weights
 
 
 class TestData:
