@@ -12,7 +12,8 @@ from torchvision.models import VisionTransformer
 import ib_explain as ibx
 from ib_explain.ib import IBAttention
 from ib_explain.sites import default_layer, resolve_site, sites
-from tests.test_sites import CLASSES, SIZE, TinyCNN, TwoPaths, make
+from tests.models import CLASSES, TinyCNN
+from tests.paths import SIZE, TwoPaths, make
 
 
 class TestDefaultLayer:
