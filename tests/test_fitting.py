@@ -20,7 +20,7 @@ from ib_explain.metrics import deletion
 from ib_explain.objective import BETA_PER_STAKE
 from tests.fitting import ENVIRONMENT, assert_equal, batches, fit, run_script, weights
 from tests.models import images, tiny
-from tests.test_per_image import planted
+from tests.optimising import dear_on_the_left
 
 
 class TestWhatTrains:
@@ -275,5 +275,5 @@ def test_dear_places_are_learned_to_pass_less(monkeypatch, reads):
         return float(maps[..., :12].sum() / maps.sum())
 
     even = share_on_the_left()
-    monkeypatch.setattr("ib_explain.training.location_price", planted)
+    monkeypatch.setattr("ib_explain.training.location_price", dear_on_the_left)
     assert share_on_the_left() < 0.9 * even

@@ -23,23 +23,7 @@ from ib_explain.objective import location_price, rate
 from ib_explain.per_image import REFINING_LR, PerImageSettings
 from tests.explaining import fitted
 from tests.models import images, tiny
-
-
-def facts(host):
-    """All of a host that must be as before."""
-    return (
-        {k: v.clone() for k, v in host.state_dict().items()},
-        [m.training for m in host.modules()],
-        [p.requires_grad for p in host.parameters()],
-        [p.grad for p in host.parameters()],
-        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in host.modules()],
-        [dict(m.__dict__).get("forward") for m in host.modules()],
-    )
-
-
-def assert_same(before, after):
-    assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
-    assert before[1:] == after[1:]
+from tests.states import assert_same, state
 
 
 class TestMaps:
@@ -187,19 +171,19 @@ class TestHostStaysAsItWas:
         host = tiny().train()
         host.stages[1].eval()
         next(host.parameters()).requires_grad_(False)
-        before = facts(host)
+        before = state(host)
         ib = IBAttention(host)
         ib.fit([images(4)], steps=2, show_progress=False)
-        assert_same(before, facts(host))
+        assert_same(before, state(host))
         ib.attribute(images(2))
         with pytest.raises(IndexError):
             ib.attribute(images(2), target=99)
-        assert_same(before, facts(host))
+        assert_same(before, state(host))
 
     @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
     def test_when_the_forward_raises(self, cnn, error):
         ib, host = cnn
-        before = facts(host)
+        before = state(host)
 
         def explode(*_):
             raise error
@@ -212,7 +196,7 @@ class TestHostStaysAsItWas:
                 IBAttention(host, "stages.1").fit([images(4)], steps=1, show_progress=False)
         finally:
             handle.remove()
-        assert_same(before, facts(host))
+        assert_same(before, state(host))
 
     @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
     def test_a_fit_that_is_interrupted_leaves_the_one_before(self, error):
@@ -247,12 +231,12 @@ class TestHostStaysAsItWas:
 
     def test_in_several_threads(self, cnn):
         ib, host = cnn
-        x, before = images(2), facts(host)
+        x, before = images(2), state(host)
         expected = ib.attribute(x)
         with ThreadPoolExecutor(3) as pool:
             found = list(pool.map(lambda _: ib.attribute(x), range(9)))
         assert all(torch.equal(maps, expected) for maps in found)
-        assert_same(before, facts(host))
+        assert_same(before, state(host))
 
     def test_changed_weights_change_an_unfitted_map(self):
         host = tiny()
@@ -300,9 +284,9 @@ class TestCaptum:
 
     def test_the_constructor_touches_nothing(self):
         host = tiny().train()
-        before = facts(host)
+        before = state(host)
         IBAttention(host, host.stages[1])
-        assert_same(before, facts(host))
+        assert_same(before, state(host))
 
     def test_tensor_in_tensor_out_tuple_in_tuple_out(self, cnn):
         x = images(2)

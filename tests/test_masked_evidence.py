@@ -13,7 +13,7 @@ from ib_explain.per_image import PerImageSettings, mask_pairs, optimise
 from ib_explain.perturb import rise_masks
 from ib_explain.places import find_place
 from tests.models import images, tiny
-from tests.test_per_image import GRID, setting
+from tests.optimising import GRID, setting
 
 NONE = HostArgs.of(None, 0)
 

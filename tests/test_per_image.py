@@ -12,17 +12,8 @@ from ib_explain.observation import observe
 from ib_explain.per_image import PerImageSettings, optimise
 from ib_explain.places import find_place
 from ib_explain.statistics import Moments
-from tests.models import images, tiny
-
-LAYER, GRID, CHANNELS = "stages.1", (6, 6), 12
-
-
-def setting(gate="gaussian", count=3):
-    host, x = tiny(), images(count, seed=5)
-    generator = torch.Generator().manual_seed(1)
-    mean = torch.randn(1, CHANNELS, 1, 1, generator=generator) * 0.2
-    std = torch.rand(1, CHANNELS, 1, 1, generator=generator) + 0.5
-    return host, x, Restriction(gate, Moments(mean, std, 1), [])
+from tests.models import images
+from tests.optimising import CHANNELS, GRID, LAYER, dear_on_the_left, setting
 
 
 def ours(host, x, restriction, settings, start=None):
@@ -112,18 +103,11 @@ def test_zero_steps_return_the_start():
     assert torch.equal(ours(host, x, restriction, PerImageSettings(steps=0), start), start)
 
 
-def planted(seen, masked=None):
-    """Places on the left cost twenty times those on the right."""
-    price = torch.ones(len(seen.features), 1, *seen.features.shape[-2:])
-    price[..., : price.shape[-1] // 2] = 20.0
-    return price / price.mean()
-
-
 def test_dear_places_pass_less(monkeypatch):
     host, x, restriction = setting()
     settings = PerImageSettings(steps=20, beta=30.0)
     even = ours(host, x, restriction, settings)
-    monkeypatch.setattr("ib_explain.per_image.location_price", planted)
+    monkeypatch.setattr("ib_explain.per_image.location_price", dear_on_the_left)
     priced = ours(host, x, restriction, settings)
     left = slice(0, GRID[1] // 2)
     shares = [maps[..., left].sum() / maps.sum() for maps in (even, priced)]

@@ -9,7 +9,7 @@ from torch import nn
 import ib_explain as ibx
 from ib_explain.ib import IBAttention
 from tests.models import CLASSES, images, tiny
-from tests.test_ib import assert_same, facts
+from tests.states import assert_same, state
 
 
 class TestRestrict:
@@ -30,12 +30,12 @@ class TestRestrict:
 
     def test_several_passes_and_the_host_afterwards(self, cnn):
         ib, host = cnn
-        before, plain = facts(host), host(images(2))
+        before, plain = state(host), host(images(2))
         with ib.restrict() as restricted:
             first, second = restricted(images(2)), restricted(images(3, seed=1))
         assert first.shape == (2, CLASSES) and second.shape == (3, CLASSES)
         assert not torch.allclose(first, plain)
-        assert_same(before, facts(host))
+        assert_same(before, state(host))
         assert torch.equal(host(images(2)), plain)
 
     def test_the_users_own_random_numbers_go_on(self, cnn):
