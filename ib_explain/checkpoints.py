@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ib_explain.checks import warn_user
@@ -81,7 +81,7 @@ def write_checkpoint(
     with replace_folder(path, CHECKPOINT_FILES) as folder:
         config = {"format": FORMAT, **description, "first_batch": first, "run": state["run"]}
         write_folder(folder, weights, config)
-        save_file(state["tensors"], folder / OPTIMISER)
+        (folder / OPTIMISER).write_bytes(save(state["tensors"]))
 
 
 def read_checkpoint(

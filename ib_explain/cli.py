@@ -6,7 +6,9 @@ Exit codes: 0 done, 2 the user's mistake (one line on standard error), 1 anythin
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -22,11 +24,19 @@ Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 DONE, FAILED, MISTAKE = 0, 1, 2
 LAYER = "dotted name of a layer"
 METHODS = "ib,grad_cam,layer_cam,br_npa,integrated_gradients,center_gaussian,random"  # that `benchmark` compares
+NO_SPACE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+}  # nobody's mistake, and no traceback helps
 FILE_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # no terminal's encoding ends a command that has done its work
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     end = rest.index("--") if "--" in rest else len(rest)  # behind it a name may begin with a dash
@@ -50,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ConnectionError as error:
             return _say(str(error), FAILED)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                where = f"{error.filename}: " if error.filename else ""
+                return _say(f"cannot write {where}{error.strerror}; what is finished stays", FAILED)
             line = _mistake(error)
             if line is None:
                 raise

@@ -17,7 +17,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; renamed to it on success, removed on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=_beside(path.stem), suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -54,7 +54,7 @@ def replace_folder(path: str | Path, ours: Collection[str]) -> Iterator[Path]:
     if path.is_symlink() and path.is_dir():
         path = path.resolve()  # the link stays; what it points to is replaced
     check_replaceable(path, ours)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=_beside(path.name), dir=path.parent))
     aside = _aside(path)
     try:
         yield temporary
@@ -92,7 +92,7 @@ def check_replaceable(path: str | Path, ours: Collection[str]) -> None:
     elif path.exists() or path.is_symlink():
         raise FileExistsError(f"{path} is no folder; name another one")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent):
+    with tempfile.TemporaryDirectory(prefix=_beside(path.name), dir=path.parent):
         pass
 
 
@@ -112,6 +112,11 @@ def remove_folder(path: str | Path, ours: Collection[str]) -> None:
     check_replaceable(path, ours)
     for folder in (Path(path), _aside(Path(path))):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _beside(name: str) -> str:
+    """How a temporary name begins; short, as a name may be as long as a file system takes."""
+    return f".{name[:40]}-"
 
 
 def _aside(path: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ib_explain.checks import warn_user
@@ -46,7 +46,8 @@ FILES = (WEIGHTS, CONFIG)
 
 def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write tensors and config into an existing folder."""
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
+    # By way of bytes: a full disk is then an OSError that names the file.
+    (folder / WEIGHTS).write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
     config = {**config, "digest": _folder_digest(folder / WEIGHTS, config)}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -21,7 +21,9 @@ from ib_explain.stripes import probe_images
 
 __all__ = ["Reference", "reference_statistics", "warn_of_another_range"]
 
-UNLIKE = 50.0  # mean square of normalised features: 1 by definition, up to 8 for pictures by the statistics of noise
+# Mean square of normalised features: 1 by definition, up to 8 for pictures by the statistics of noise at the default
+# layers. At the last layers of a trained host, which noise hardly moves, it is in the hundreds and thousands.
+UNLIKE = 50.0
 NOISE_IMAGES = 32
 NOISE_SEED = 7
 ROWS = 32  # of one forward pass where the caller has no wish

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ib_explain.checks import check_positive_int
 from ib_explain.data.gaze import GazeImages
-from ib_explain.data.images import images_of
+from ib_explain.data.images import images_of, refuse_one_batch
 from ib_explain.data.loaders import has_plan, with_plan
 from ib_explain.data.origins import class_folders, root_of
 from ib_explain.data.preprocessing import Preprocess
@@ -63,8 +63,7 @@ class Source:
         ):
             hint = "; one batch of images x is [x]" if isinstance(data, Tensor) else ""
             raise TypeError(f"data must be a Dataset or an iterable of batches, got {type(data).__name__}{hint}")
-        if isinstance(data, tuple | list) and len(data) == 2 and _are_images(data[0]) and _are_labels(data[1]):
-            raise TypeError("data must be an iterable of batches, got one batch (images, labels); write [(x, y)]")
+        refuse_one_batch(data)
         if isinstance(data, IterableDataset):
             data = DataLoader(data, BATCH, collate_fn=getattr(data, "collate", None))
         self.limit = None if images is None else check_positive_int(images, "images")
@@ -293,16 +292,6 @@ def _digest_of_all(batches: Sequence[Any]) -> str:
             elif isinstance(part, str | int | float):
                 digest.update(repr(part).encode())
     return digest.hexdigest()
-
-
-def _are_images(part: Any) -> bool:
-    return isinstance(part, Tensor) and part.ndim == 4
-
-
-def _are_labels(part: Any) -> bool:
-    if isinstance(part, Tensor):
-        return part.ndim == 1
-    return isinstance(part, list | tuple) and bool(part) and all(isinstance(label, int) for label in part)
 
 
 def _loader_of(data: Any) -> DataLoader[Any] | None:

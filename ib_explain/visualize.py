@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ib_explain.checks import check_maps, check_positive_int
@@ -32,12 +33,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["contact_sheet", "denormalize", "overlay", "visualize"]
+__all__ = ["contact_sheet", "denormalize", "is_contact_sheet", "overlay", "visualize"]
 
 Maps = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 
 _CELL = 1.75  # inches, the longer side of a picture
 _GAP, _MARGIN, _TITLE, _NOTE, _ROW_TITLE = 0.06, 0.05, 0.21, 0.17, 0.2  # inches
+SHEET_MARK = {"Source": "ib_explain contact_sheet"}  # a text in the PNG
 MINUS = "\N{MINUS SIGN}"
 _BAR, _BAR_BELOW, _BAR_WIDEST = 0.08, 0.36, 2 * _CELL  # inches: height, room for ticks and unit, greatest length
 
@@ -201,8 +203,17 @@ def contact_sheet(
     draw_bar(figure.add_axes(box), common)
 
     with replace_file(target) as file:
-        figure.savefig(file, format="png", pil_kwargs={"optimize": True})
+        figure.savefig(file, format="png", metadata=SHEET_MARK, pil_kwargs={"optimize": True})
     return target
+
+
+def is_contact_sheet(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a PNG that `contact_sheet` wrote."""
+    try:
+        with Image.open(path) as picture:
+            return SHEET_MARK.items() <= picture.info.items()
+    except (OSError, ValueError, SyntaxError):  # none, or no picture
+        return False
 
 
 @dataclass(frozen=True)

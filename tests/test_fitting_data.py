@@ -51,6 +51,8 @@ class TestData:
         [
             ([], ValueError, "data yielded no batch"),
             (iter([]), ValueError, "data yielded no batch"),
+            ((images(4), torch.arange(4) % 2), TypeError, r"got one batch \(images, labels\); write \[\(x, y\)\]"),
+            (TensorDataset(images(4)), TypeError, r"got TensorDataset; pass DataLoader\(data, 64, shuffle=True\)"),
             (iter([images(4)]), ValueError, "ended after 1 batches; pass a DataLoader"),
             ([{"image": images(2)}], TypeError, "got dict"),
             (images(4), TypeError, "iterable of batches, got Tensor"),

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_a_failed_save_leaves_the_older_folder(saved, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ib_explain.io.save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         ib.save(tmp_path / "b")
     assert (tmp_path / "b" / "config.json").read_bytes() == before

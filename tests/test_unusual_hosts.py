@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import ib_explain as ibx
 from ib_explain import buffers
 from ib_explain.data import demo_host
+from ib_explain.lending import run_host
 from ib_explain.methods import NotApplicable
 from tests.states import assert_same, state
 
@@ -201,6 +202,16 @@ def test_a_host_of_random_answers_is_told_as_such(pictures):
         ibx.attribute(Net("random").eval(), pictures)
     with pytest.warns(UserWarning, match=told):
         ibx.attribute(Net("random").eval(), pictures, layer="b", steps=1)
+
+
+def test_a_few_probabilities_at_a_time_are_told_when_there_are_enough():
+    host, x = Wrapped(demo_host(), "sigmoid").eval(), torch.randn(2, 3, 64, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):  # 16 outputs a pass
+            run_host(host, x)
+    with pytest.warns(UserWarning, match="outputs look like probabilities"):
+        run_host(host, x)
 
 
 @pytest.mark.parametrize("output", ["softmax", "sigmoid"])

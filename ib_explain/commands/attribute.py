@@ -41,6 +41,7 @@ from ib_explain.modules import host_device
 from ib_explain.outputs import OUTPUTS
 from ib_explain.progress import Progress
 from ib_explain.targets import resolve_target
+from ib_explain.texts import one_line
 from ib_explain.visualize import contact_sheet, visualize
 
 __all__ = ["run"]
@@ -226,6 +227,7 @@ def _command(args: argparse.Namespace, host: nn.Module, size: tuple[int, int, in
         "input_size": list(size),
         "target": args.target,
         "seed": args.seed,
+        **{name: list(given) for name in ("mean", "std") if (given := getattr(args, name)) is not None},
     }
     if args.bottleneck is None:
         return command | {"method": args.method, "layer": args.layer}
@@ -255,10 +257,10 @@ def _draw_sheet(
 
 def _report(path: Path, rows: Sequence[dict[str, Any]], before: int, unit: str) -> None:
     """Say what was made and where it is."""
-    width = max((len(row["name"]) for row in rows[:LISTED]), default=0)
+    width = max((len(one_line(row["name"])) for row in rows[:LISTED]), default=0)
     for row in rows[:LISTED]:
         amount = f"{row['bits']:7.1f} {unit}" if in_bits(unit) else ""
-        print(f"{row['name']:<{width}}  {_title(row)}  {amount}".rstrip())
+        print(f"{one_line(row['name']):<{width}}  {_title(row)}  {amount}".rstrip())
     if len(rows) > LISTED:
         print(f"... and {len(rows) - LISTED} more")
     known = f", {before} of them from before" if before else ""
@@ -272,4 +274,4 @@ def _report(path: Path, rows: Sequence[dict[str, Any]], before: int, unit: str) 
 
 def _complain(problem: str, problems: list[str]) -> None:
     problems.append(problem)
-    tqdm.write(f"ib-explain: {problem}", file=sys.stderr)
+    tqdm.write(f"ib-explain: {one_line(problem)}", file=sys.stderr)

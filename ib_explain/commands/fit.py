@@ -37,6 +37,8 @@ CHECKPOINT_EVERY = 10  # steps; a default fit may have no more than 100
 def run(args: argparse.Namespace) -> int:
     """Fit, save, and say what came out. With several processes, the first one writes and speaks."""
     out = args.out or Path(f"{plain_name(args.model)}-ib")
+    if not out.name:
+        raise ValueError(f"--out must name a folder of its own, got {str(out)!r}; name one in it")
     checkpoint = out.with_name(out.name + ".checkpoint")
     _check_folders(out, checkpoint, resume=args.resume, overwrite=args.overwrite)
     if args.data is None and not args.dataset:

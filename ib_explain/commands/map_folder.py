@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ib_explain.files import replace_file
+from ib_explain.visualize import is_contact_sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +65,7 @@ class MapFolder:
             raise ValueError(f"{self.path} holds maps of another command ({what}); name another --out or --overwrite")
         if not overwrite and before is None and self.path.is_dir() and any(self.path.iterdir()):
             raise ValueError(f"{self.path} holds other files; name another --out, or --overwrite to write among them")
-        self.command = command
+        self.command, self._overwrite = command, overwrite
         self._replaces = overwrite and before is not None  # until the first new map is there
 
     def holds(self, name: str, digest: Callable[[], str]) -> bool:
@@ -79,17 +80,31 @@ class MapFolder:
             return False
 
     def belongs(self, name: str, path: Path, digest: Callable[[], str]) -> bool:
-        """Whether a name is free for this image: no map of that name, or one of this path or of this content."""
-        if self._replaces or not _is_ours(self._raw(name)):
+        """Whether a name is free for this image: no file of that name, or a map of this path or of this content."""
+        if self._overwrite:
             return True
+        if not _is_ours(self._raw(name)):
+            there = self._picture(name).exists() or self._raw(name).exists()
+            return not there or name in self._listed  # the user's own, or a map of ours that was damaged
         try:
             facts = self._facts(name)
             return Path(facts["image"]).resolve() == path.resolve() or facts["digest"] == digest()
         except DAMAGED:  # it is made again
             return True
 
+    @functools.cached_property
+    def _listed(self) -> frozenset[str]:
+        """Names in the table that an earlier call wrote."""
+        try:
+            with (self.path / TABLE).open(newline="", encoding="utf-8") as stream:
+                return frozenset(row["name"] for row in csv.DictReader(stream))
+        except (OSError, ValueError, KeyError, csv.Error):  # none, or not ours
+            return frozenset()
+
     def check_inputs(self, names: Iterable[str], images: Iterable[Path]) -> None:
         """Make sure that no picture would be written over an image that is explained, whatever `overwrite` says.
+
+        Nor the sheet over a picture of the user's, without `overwrite`.
 
         Raises:
             ValueError: one would.
@@ -99,6 +114,9 @@ class MapFolder:
             if picture.resolve() in explained:
                 told = f"{picture} is one of the images and would be written over"
                 raise ValueError(f"{told}; name another --out")
+        sheet = self.path / SHEET
+        if sheet.exists() and not self._overwrite and not is_contact_sheet(sheet):
+            raise ValueError(f"{sheet} is no sheet that ib-explain drew; move it, or name another --out or --overwrite")
 
     def add(self, name: str, heat: Tensor, facts: dict[str, Any], figure: Figure) -> None:
         """Write one image's picture and its raw map (1, H, W); with the first one, what made them."""
@@ -108,10 +126,11 @@ class MapFolder:
         if _command_of(self.path) != self.command:
             with replace_file(self.path / RUN) as file:
                 file.write_text(json.dumps({**MADE_BY, **self.command}, indent=2) + "\n", encoding="utf-8")
-        with replace_file(self._picture(name)) as file:
-            figure.savefig(file)
+        # First what tells that the name is ours: a call that is stopped here finds its own files, not somebody's.
         with replace_file(self._raw(name)) as file:
             np.savez_compressed(file, map=heat[0].cpu().numpy(), **facts)
+        with replace_file(self._picture(name)) as file:
+            figure.savefig(file)
 
     def read(self, name: str) -> tuple[dict[str, Any], Tensor]:
         """The facts and the map (1, H, W) of an image that is done."""
@@ -129,7 +148,10 @@ class MapFolder:
         if not chosen:
             return []
         rows = chosen + self._others({row["name"] for row in chosen})
-        with replace_file(self.path / TABLE) as file, file.open("w", newline="", encoding="utf-8") as stream:
+        with (
+            replace_file(self.path / TABLE) as file,
+            file.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
+        ):
             writer = csv.DictWriter(stream, list(rows[0]), extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

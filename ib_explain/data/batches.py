@@ -7,8 +7,9 @@ from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from ib_explain.data.images import images_of
+from ib_explain.data.images import images_of, refuse_one_batch
 from ib_explain.data.loaders import has_plan, with_plan
 from ib_explain.randomness import own_generators_seeded, seeded
 
@@ -40,9 +41,13 @@ class Batches:
 
     def __init__(self, data: Iterable[Any], seed: int, share: Share | None = None, *, labelled: bool = False) -> None:
         if isinstance(data, str | bytes | Tensor | dict) or not hasattr(data, "__iter__"):
-            raise TypeError(
-                f"data must be an iterable of batches, got {type(data).__name__}; pass a DataLoader or a list"
+            way = (
+                "DataLoader(data, 64, shuffle=True)"
+                if isinstance(data, Dataset)
+                else "a DataLoader or a list of batches"
             )
+            raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}; pass {way}")
+        refuse_one_batch(data)
         self.data, self.seed, self.share, self.labelled = data, seed, share or Share(), labelled
         self._sampler = getattr(data, "sampler", None)
         world = self.share.world

@@ -25,6 +25,7 @@ __all__ = [
     "list_images",
     "open_dataset",
     "read_image",
+    "refuse_one_batch",
 ]
 
 Transform = Callable[[Image.Image], Any]
@@ -168,6 +169,22 @@ def open_dataset(
         return LabelledImages(dataset.reader, transform)
     dataset.transform = transform
     return dataset
+
+
+def refuse_one_batch(data: Any) -> None:
+    """Raise a TypeError if data that should be batches is one batch (images, labels)."""
+    if isinstance(data, tuple | list) and len(data) == 2 and _are_images(data[0]) and _are_labels(data[1]):
+        raise TypeError("data must be an iterable of batches, got one batch (images, labels); write [(x, y)]")
+
+
+def _are_images(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.ndim == 4
+
+
+def _are_labels(part: Any) -> bool:
+    if isinstance(part, Tensor):
+        return part.ndim == 1
+    return isinstance(part, list | tuple) and bool(part) and all(isinstance(label, int) for label in part)
 
 
 def images_of(batch: Any, *, labelled: bool = True) -> tuple[Tensor, Tensor | None]:

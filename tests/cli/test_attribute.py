@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -215,3 +217,42 @@ def test_names_that_begin_with_a_dash_stand_behind_two(host, pictures, tmp_path,
     words = ["attribute", *host, "--method", "edges", "--out", "maps", "--workers", "0", "--", "-one two.png"]
     assert main([str(word) for word in words]) == 0
     assert (tmp_path / "maps" / "-one two.npz").is_file()
+
+
+def test_a_folder_of_another_normalisation_is_not_continued(host, pictures, tmp_path, fails, capsys):
+    words = ["attribute", *host, str(pictures / "train" / "a"), "--method", "edges", "--workers", "0"]
+    words += ["--out", str(tmp_path / "maps")]
+    assert main([*words, "--mean", ".1", "--limit", "1"]) == 0
+    assert main([*words, "--mean", ".1"]) == 0 and "1 of them from before" in capsys.readouterr().out
+    capsys.readouterr()
+    assert "maps of another command (mean" in fails(*words)
+
+
+def test_files_of_the_users_among_the_maps_are_not_written_over(host, pictures, tmp_path, fails, capsys):
+    photos, out = tmp_path / "photos", tmp_path / "maps"
+    shutil.copytree(pictures / "train" / "a", photos)
+    words = ["attribute", *host, "--method", "edges", "--workers", "0", "--out", str(out)]
+    assert main([*words, str(photos / "0.png")]) == 0
+    shutil.copy(photos / "1.png", photos / "2.png")
+    for name in ("1.png", "2.npz"):
+        (out / name).write_text("mine")
+    assert main([*words, str(photos)]) == 0
+    assert [(out / name).read_text() for name in ("1.png", "2.npz")] == ["mine", "mine"]
+    with (out / "maps.csv").open() as stream:
+        assert sorted(row["name"] for row in csv.DictReader(stream)) == ["0", "1-png", "2-png"]
+    assert main([*words, str(photos)]) == 0 and "3 maps, 3 of them from before" in capsys.readouterr().out
+    (out / "sheet.png").write_text("mine, too")
+    assert "sheet.png is no sheet that ib-explain drew; move it" in fails(*words, str(photos))
+    assert main([*words, str(photos), "--overwrite"]) == 0 and (out / "sheet.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_of_any_bytes_and_of_any_length(host, pictures, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in (b"latin\xe9.png", b"x" * 251 + b".png", b"two\nlines.png"):
+        shutil.copy(os.fsencode(pictures / "train" / "a" / "0.png"), os.fsencode(photos) + b"/" + name)
+    words = ["attribute", *host, str(photos), "--method", "edges", "--workers", "0", "--out", str(tmp_path / "maps")]
+    assert main(words) == 0
+    assert "latin\\udce9" in capsys.readouterr().out
+    assert len(list((tmp_path / "maps").glob("*.npz"))) == 3 and (tmp_path / "maps" / "maps.csv").is_file()

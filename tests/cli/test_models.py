@@ -79,6 +79,7 @@ def test_a_grey_model_with_a_normalisation_of_its_own(tmp_path, capsys, fails):
     assert said.startswith("argument --in-chans: must be an integer >= 1")
     said = fails("attribute", *words, "--mean", "a,b", *where)
     assert said.startswith("argument --mean: must be a number, or one a channel such as .5,.5,.5, got 'a,b'")
+    where[3] = str(tmp_path / "others")
     assert "mean and std must hold 1 values" in fails("attribute", *words, "--mean", "1,2", *where)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +122,31 @@ def test_a_damaged_tar_file_is_named(host, tmp_path, fails):
 def test_no_more_readers_than_processors_by_default(monkeypatch, processors, readers):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(processors)), raising=False)
     assert _parser().parse_args(["fit", "resnet18", "--data", "pictures"]).workers == readers
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(host, pictures, tmp_path, monkeypatch, capsys):
+    def full(self, _content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    words = ["fit", *host, "--data", pictures, "--split", "train", "--steps", 1, "--batch-size", 4, "--workers", 0]
+    assert main([str(word) for word in [*words, "--out", tmp_path / "ib"]]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("ib-explain: cannot write ") and line.endswith("device; what is finished stays")
+
+
+def test_a_terminal_that_cannot_say_a_letter_gets_its_code(host, pictures, tmp_path):
+    shutil.copy(pictures / "train" / "a" / "0.png", tmp_path / "é.png")
+    words = ["attribute", *host, tmp_path / "é.png", "--method", "edges", "--workers", 0, "--out", tmp_path / "maps"]
+    command = [sys.executable, "-m", "ib_explain", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "\\xe9" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("out", [".", "/"])
+def test_a_fit_is_a_folder_of_its_own(host, pictures, out, fails):
+    assert "--out must name a folder of its own" in fails("fit", *host, "--data", pictures, "--out", out)
+
+
+def test_a_device_without_values_is_none(fails):
+    assert "no device 'meta' here; there: cpu" in fails("layers", "test_resnet", "--device", "meta")
