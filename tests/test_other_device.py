@@ -10,7 +10,17 @@ from torch import nn
 import ib_explain as ibx
 from ib_explain.ib import IBAttention
 from ib_explain.methods import METHODS
-from ib_explain.metrics import METRICS, cascading_randomisation, energy_inside, nss, target_sensitivity
+from ib_explain.metrics import (
+    METRICS,
+    boxes_to_masks,
+    cascading_randomisation,
+    degradation,
+    energy_inside,
+    insertion,
+    nss,
+    road,
+    target_sensitivity,
+)
 from tests.models import images, tiny
 from tests.other_device import THERE, There, moved, other_device
 
@@ -137,6 +147,16 @@ def test_truths_of_the_cpu_go_to_the_maps():
         (nss(maps, points), nss(maps.cpu(), points)),
     ):
         assert scores.device == THERE and torch.equal(scores.cpu(), expected)
+
+
+def test_what_belongs_together_is_in_one_place():
+    host, x = moved(tiny("cnn")), There(images(2))
+    for measure in (insertion, degradation, road):
+        curve = measure(host, x, x.mean(dim=1, keepdim=True))
+        assert curve.fractions.device == curve.scores.device == curve.auc.device == THERE
+    boxes = torch.tensor([[1.0, 2.0, 9.0, 12.0], [0.0, 0.0, 4.0, 4.0]])
+    masks = boxes_to_masks(There(boxes), (24, 24))
+    assert masks.device == THERE and torch.equal(masks.cpu(), boxes_to_masks(boxes, (24, 24)))
 
 
 def test_sanity():
