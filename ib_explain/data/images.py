@@ -50,7 +50,7 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def list_images(path: str | Path) -> list[Path]:
-    """The picture at `path`, or the pictures directly in the folder `path`, sorted by name.
+    """The picture at `path`, or the pictures directly in the folder `path`, sorted by name; broken links, too.
 
     Raises:
         ValueError: nothing there, or a folder without pictures.
@@ -60,10 +60,15 @@ def list_images(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ValueError(f"no such image or folder: {path}")
-    found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in _SUFFIXES and entry.is_file())
+    found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in _SUFFIXES and _is_or_was_a_file(entry))
     if not found:
         raise ValueError(f"no images in {path}; known suffixes: {', '.join(_SUFFIXES)}")
     return found
+
+
+def _is_or_was_a_file(path: Path) -> bool:
+    """Or a link to what is gone: reading it says so, where leaving it out would say nothing."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 class ImageFiles(Dataset[Any]):

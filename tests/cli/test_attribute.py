@@ -21,13 +21,15 @@ def test_attribute_does_the_readable_images_and_names_the_others(bottleneck, hos
     broken = tmp_path / "more" / "broken.png"
     broken.parent.mkdir()
     broken.write_bytes((pictures / "train" / "a" / "0.png").read_bytes()[:2000])
+    (broken.parent / "gone.png").symlink_to("nowhere.png")
     out = tmp_path / "maps"
     words = ["attribute", *host, pictures / "train", "missing.jpg", "--bottleneck", bottleneck]
     words += [broken.parent, "--target", 3, "--workers", 0, "--out", out]
     assert main([str(word) for word in words]) == 2
     said = capsys.readouterr()
     problems = [line for line in said.err.splitlines() if line.startswith("ib-explain: ")]
-    assert len(problems) == 2 and "missing.jpg" in problems[0] and "cannot read image" in problems[1]
+    assert len(problems) == 3 and "missing.jpg" in problems[0]
+    assert all("cannot read image" in problem for problem in problems[1:])
     assert "10 maps" in said.out
     with np.load(out / "b" / "1.npz") as raw:
         assert raw["map"].shape == (64, 64) and raw["map"].dtype == np.float32
