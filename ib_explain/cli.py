@@ -24,12 +24,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 DONE, FAILED, MISTAKE = 0, 1, 2
 LAYER = "dotted name of a layer"
 METHODS = "ib,grad_cam,layer_cam,br_npa,integrated_gradients,center_gaussian,random"  # that `benchmark` compares
-NO_SPACE = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-}  # nobody's mistake, and no traceback helps
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # a line for them, and no traceback
 FILE_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 

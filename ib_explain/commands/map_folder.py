@@ -102,12 +102,12 @@ class MapFolder:
             return frozenset()
 
     def check_inputs(self, names: Iterable[str], images: Iterable[Path]) -> None:
-        """Make sure that no picture would be written over an image that is explained, whatever `overwrite` says.
+        """Make sure that no picture is written over an image that is explained, and the sheet over none but a sheet.
 
-        Nor the sheet over a picture of the user's, without `overwrite`.
+        The latter only without `overwrite`; the images are safe in any case.
 
         Raises:
-            ValueError: one would.
+            ValueError: it would be.
         """
         explained = {image.resolve() for image in images}
         for picture in (*(self._picture(name) for name in names), self.path / SHEET):
