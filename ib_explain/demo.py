@@ -1,4 +1,4 @@
-"""The demo: the whole path on pictures whose evidence is known, and whether the maps find it. About a minute.
+"""The demo: the whole path on pictures whose evidence is known, and whether the maps find it.
 
 A shipped classifier of eight synthetic shapes is the host. A bottleneck is fitted to it on fresh pictures; on further
 ones its maps are compared with the exact masks of the evidence, beside Grad-CAM and a centred Gaussian.

@@ -50,6 +50,9 @@ def is_ours(code: Any) -> bool:
     return str(getattr(code, "__module__", None)).startswith("ib_explain.")
 
 
-def _weights(host: nn.Module) -> tuple[str, list[complex]]:
-    """What a change of any weight changes: the fingerprint, which looks at a part, and the sums of all."""
-    return fingerprint(host), [complex(p.detach().sum().to("cpu", torch.complex128)) for p in host.parameters()]
+def _weights(host: nn.Module) -> tuple[str, str]:
+    """What a change of any weight changes: the fingerprint, which looks at a part, and the sums of all, as text.
+
+    As numbers a NaN, in a weight that no image reaches, would differ from itself.
+    """
+    return fingerprint(host), str([complex(p.detach().sum().to("cpu", torch.complex128)) for p in host.parameters()])

@@ -97,7 +97,7 @@ def check_host(folder: str | os.PathLike[str], config: dict[str, Any], model: nn
         ValueError: another architecture.
 
     Warns:
-        UserWarning: same architecture, other weights; or a checkpoint of a fit that was not at its end.
+        UserWarning: same architecture, other weights or images normalised otherwise; or a checkpoint of a fit that was not at its end.
     """
     theirs, ours = config["host"], host_facts(model)
     if theirs["structure"] != ours["structure"]:
@@ -111,6 +111,10 @@ def check_host(folder: str | os.PathLike[str], config: dict[str, Any], model: nn
     if theirs["weights"] != ours["weights"] and theirs.get("precision") == ours["precision"]:
         told = f"{folder} was fitted to a {theirs['architecture']} with other weights"
         warn_user(f"{told}; fit again for bits that hold")
+    normalised, says = config.get("data_config"), data_config(model)
+    if normalised and says and normalised != says:
+        told = " and ".join(f"{name} {now}, not {normalised[name]}" for name, now in says.items())
+        warn_user(f"the model's images are normalised by {told}, as those that {folder} was fitted to")
     if isinstance(run := config.get("run"), dict):
         step, steps = run.get("step"), run.get("settings", {}).get("steps")
         if step != steps:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ib_explain.bottleneck.information import MOST_ATTENTION
 from ib_explain.bottleneck.module import Restriction
+from ib_explain.checks import check_number, check_positive_int
 from ib_explain.layouts import Layout
 from ib_explain.objective import BETA_PER_STAKE, location_price, nats_at_stake, rate, standardised
 from ib_explain.observation import Observation
@@ -52,6 +53,14 @@ class PerImageSettings:
     beta: float | None = None
     copies: int = 2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not hasattr(self.steps, "__index__") or self.steps < 0:
+            raise ValueError(f"steps must be an integer >= 0, got {self.steps!r}")
+        check_positive_int(self.copies, "copies")
+        check_number(self.lr, "lr", above=0)
+        if self.beta is not None:
+            check_number(self.beta, "beta", above=0)
 
 
 def optimise(

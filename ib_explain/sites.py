@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ib_explain.cuts import ANSWERS_DIFFER, CleanPass, answers_differ
 from ib_explain.facts import remembered
@@ -168,7 +168,7 @@ def resolve_site(
     """
     host = unwrap(model)
     if layer is None:
-        return remembered(host, ("default", input_size), lambda: _best_site(host, input_size, args))
+        return remembered(host, ("default", input_size, _kind(args)), lambda: _best_site(host, input_size, args))
     name = module_name(host, layer if isinstance(layer, nn.Module) else find_module(host, layer))
     runs = _survey(host, input_size, args).runs[name]
     if runs != 1:
@@ -225,7 +225,18 @@ def _size(model: nn.Module, given: Any) -> tuple[int, int, int]:
 
 
 def _survey(host: nn.Module, size: tuple[int, int, int], args: tuple[Any, ...]) -> Survey:
-    return remembered(host, ("survey", size), lambda: survey(host, size, args))
+    return remembered(host, ("survey", size, _kind(args)), lambda: survey(host, size, args))
+
+
+def _kind(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What of further arguments may decide which layers run and how: flags and numbers, and the shapes of tensors."""
+
+    def of(arg: Any) -> Any:
+        if isinstance(arg, Tensor):
+            return (arg.dtype, tuple(arg.shape[1:])) if arg.ndim else (arg.dtype, arg.item())
+        return arg if arg is None or isinstance(arg, bool | int | float | str) else type(arg)
+
+    return tuple(of(arg) for arg in args)
 
 
 def layouts_of(
@@ -233,7 +244,7 @@ def layouts_of(
 ) -> dict[str, Layout | str]:
     """Layouts of these layers, or what was seen of one without a grid; one probe for those that are not known yet."""
     host = unwrap(model)
-    known: dict[str, Layout | str] = remembered(host, ("layouts", size), dict)
+    known: dict[str, Layout | str] = remembered(host, ("layouts", size, _kind(args)), dict)
     if new := [name for name in names if name not in known]:
         known.update(find_layouts(host, new, size, args))
     return {name: known[name] for name in names}
@@ -362,7 +373,7 @@ def _measure(
     host: nn.Module, layouts: dict[str, Layout], size: tuple[int, int, int], args: tuple[Any, ...]
 ) -> list[Site]:
     """Measure layers with their layouts; one clean pass serves all that were not measured before."""
-    known: dict[str, Site] = remembered(host, ("sites", size), dict)
+    known: dict[str, Site] = remembered(host, ("sites", size, _kind(args)), dict)
     if new := [name for name in layouts if name not in known]:
         clean, depths = CleanPass(host, new, size, args), _survey(host, size, args).depths
         for name in new:

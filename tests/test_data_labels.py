@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ib_explain.data.boxes import BoxImages, read_boxes
 from ib_explain.data.gaze import GazeImages, read_fixations
-from ib_explain.data.images import images_of, open_dataset
+from ib_explain.data.images import ImageFiles, images_of, open_dataset
 from ib_explain.data.preprocessing import Placement
 from ib_explain.metrics.ground_truth import boxes_to_masks
 from tests.pictures import picture, plain, save, two_splits
@@ -219,3 +219,26 @@ def test_etocvd():
 def assert_means(scores: list[Tensor], expected: list[float]) -> None:
     means = [round(score.mean().item(), 3) for score in scores]
     assert means == pytest.approx(expected, rel=0.02)
+
+
+def test_boxes_of_a_turned_picture_are_of_its_stored_pixels(tmp_path):
+    picture = Image.new("RGB", (80, 40))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # shown turned by a quarter
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    images = ImageFiles([tmp_path / "a.jpg"])
+    assert images.load(0)[0].size == (40, 80) and images.load(0, upright=False)[0].size == (80, 40)
+    whole = plain((40, 80), "squash")
+    boxes = {"a.jpg": torch.tensor([[60.0, 0.0, 79.0, 39.0]])}
+    assert BoxImages(images, boxes, whole)[0].boxes.tolist() == [[60.0, 0.0, 79.0, 39.0]]
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_tables_hold_finite_numbers(tmp_path, number):
+    table = tmp_path / "table.csv"
+    table.write_text(f"file,xmin,ymin,xmax,ymax\na.png,0,0,{number},3\n")
+    with pytest.raises(ValueError, match="line 2.*need 0 <= min <= max"):
+        read_boxes(table)
+    table.write_text(f"image,x,y\na,1,{number}\n")
+    with pytest.raises(ValueError, match="line 2.*must be numbers, got"):
+        read_fixations(table)

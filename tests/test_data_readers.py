@@ -332,3 +332,8 @@ def test_images_of():
 def test_images_of_refuses(batch, error, message):
     with pytest.raises(error, match=message):
         images_of(batch)
+
+
+def test_a_label_of_255_is_one():
+    _, labels = images_of((torch.zeros(2, 3, 8, 8), torch.tensor([255, 255], dtype=torch.uint8)))
+    assert labels.tolist() == [255, 255]

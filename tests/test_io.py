@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -341,3 +342,14 @@ def test_weights_that_changed_since_the_fit_are_told_once(saved, tmp_path):
         warnings.simplefilter("error")
         ib.attribute(images(2))
         ib.fit([images(8)], steps=2, show_progress=False).attribute(images(2))
+
+
+def test_another_normalisation_is_told(tmp_path):
+    host = timm.create_model("test_resnet", num_classes=3)
+    IBAttention(host, "layer2").fit([images(4, size=32)], steps=1, show_progress=False).save(tmp_path / "ib")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        IBAttention.load(tmp_path / "ib", host)
+    host.pretrained_cfg = {**host.pretrained_cfg, "mean": (0.1, 0.1, 0.1)}
+    with pytest.warns(UserWarning, match=r"normalised by mean \[0.1, 0.1, 0.1\], not \["):
+        IBAttention.load(tmp_path / "ib", host)

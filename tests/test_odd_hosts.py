@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ib_explain as ibx
 from ib_explain.guard import HostChanged
+from ib_explain.hooks import LayerError
+from ib_explain.ib import IBAttention
 from ib_explain.methods import NotApplicable
 from ib_explain.objective import location_price
 from tests.states import assert_same, state
@@ -197,3 +199,29 @@ def test_weights_written_through_data_are_told(x: Tensor) -> None:
 def test_images_without_values_are_refused(x: Tensor) -> None:
     with pytest.raises(ValueError, match="on the meta device: it has a shape and no values"):
         ibx.attribute(made(Keeper).to("meta"), x.to("meta"))
+
+
+class Switched(nn.Module):
+    """A flag says which of two layers runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(3, 6, 3, stride=2, padding=1) for _ in "ab")
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, first: bool) -> Tensor:
+        return self.head((self.a if first else self.b)(x).tanh().mean(dim=(2, 3)))
+
+
+def test_facts_of_one_flag_are_not_those_of_another(x: Tensor) -> None:
+    host = made(Switched)
+    for first, layer, other in ((True, "a", "b"), (False, "b", "a")):
+        assert IBAttention(host, layer).attribute(x, additional_forward_args=first).isfinite().all()
+        with pytest.raises(LayerError, match=f"'{other}' does not run in one forward pass"):
+            IBAttention(host, other).attribute(x, additional_forward_args=first)
+
+
+def test_a_weight_that_is_nan_and_unused_is_no_changed_weight(x: Tensor) -> None:
+    host = made(Keeper)
+    host.register_parameter("spare", nn.Parameter(torch.full((2,), torch.nan)))
+    assert ibx.attribute(host, x, method=lambda _model, images, _target: images.mean(1)).isfinite().all()

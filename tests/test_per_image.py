@@ -112,3 +112,13 @@ def test_dear_places_pass_less(monkeypatch):
     left = slice(0, GRID[1] // 2)
     shares = [maps[..., left].sum() / maps.sum() for maps in (even, priced)]
     assert shares[1] < 0.8 * shares[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"steps": -1}, "steps must be"), ({"steps": 2.5}, "steps must be"), ({"copies": 0}, "copies must be")]
+    + [({"beta": -5}, "beta must be"), ({"lr": 0}, "lr must be")],
+)
+def test_settings_are_checked(wrong, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        PerImageSettings(**wrong)

@@ -122,6 +122,8 @@ def test_a_data_loader_draws_batches():
         (lambda: Synthetic(0), ValueError, "n must be an integer >= 1, got 0"),
         (lambda: Synthetic(8, size=16), ValueError, "size must be at least 32 pixels"),
         (lambda: Synthetic(8, seed=-1), ValueError, "seed must be an integer >= 0, got -1"),
+        (lambda: Synthetic(8, seed=1.5), TypeError, "seed must be an integer, got 1.5"),
+        (lambda: Synthetic(8, pairs="no"), TypeError, "pairs must be True or False, got 'no'"),
         (lambda: Synthetic(8)[8], IndexError, "index 8 is out of range for 8 pictures"),
         (lambda: Synthetic(8).batch([]), ValueError, "got none"),
     ],
@@ -184,3 +186,7 @@ def _same_area_elsewhere(mask):
     order = pixel_order(torch.where(mask[:, 0], -1.0, moved[:, 0].float()))
     rank = order.argsort(dim=1).view(len(mask), 1, 64, 64)
     return rank < mask.sum(dim=(1, 2, 3), keepdim=True)
+
+
+def test_large_seeds_are_seeds():
+    assert torch.equal(Synthetic(2, seed=2**64 + 5).batch([0, 1]).image, Synthetic(2, seed=5).batch([0, 1]).image)

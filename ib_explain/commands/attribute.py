@@ -28,7 +28,7 @@ from ib_explain.commands.common import (
     plain_name,
     preprocess_for,
 )
-from ib_explain.commands.map_folder import SHEET, MapFolder, digest_of, is_map_folder, plan_names
+from ib_explain.commands.map_folder import SHEET, MapFolder, is_map_folder, plan_names
 from ib_explain.data.images import ImageFiles, LabelledImages, UnreadableImage, list_images, open_dataset
 from ib_explain.data.origins import check_outside, class_folders, root_of
 from ib_explain.data.preprocessing import Preprocess
@@ -59,15 +59,18 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path(f"{plain_name(args.model)}-maps")
     pictures, below = _pictures(args, out, problems)
     host, size = load_with_size(args, fitted_size)
+    transform = preprocess_for(host, size)
     fitted = None if args.bottleneck is None else IBAttention.load(args.bottleneck, host)
     folder = MapFolder(out, _command(args, host, size), overwrite=args.overwrite)
     # Those of the fit are the model's; a folder of some classes has fewer.
     folders = ((fitted.record or {}).get("class_folders") if fitted else None) or class_folders(pictures)
     classes = class_names(host, imagenet=has_timm_weights(args), folders=folders)
-    names, paths = plan_names(below, folder.belongs), [path for path, _ in below]
+    paths = [path for path, _ in below]
+    digests = [functools.partial(_digest, pictures, i) for i in range(len(paths))]
+    names = plan_names(below, lambda name, i: folder.belongs(name, paths[i], digests[i]))
     folder.check_inputs(names, paths)
-    reader = _Reader(pictures, paths, preprocess_for(host, size))
-    done = {i for i, name in enumerate(names) if folder.holds(name, functools.partial(digest_of, paths[i]))}
+    reader = _Reader(pictures, transform)
+    done = {i for i, name in enumerate(names) if folder.holds(name, digests[i])}
     todo = [i for i in range(len(names)) if i not in done]
 
     with Progress(len(todo), "attribute", show=len(todo) > 1) as progress:
@@ -132,8 +135,8 @@ class _Item(NamedTuple):
 class _Reader(Dataset[_Item]):
     """Reads and preprocesses; a picture that cannot be read is an item with a problem, not an exception."""
 
-    def __init__(self, pictures: Pictures, paths: Sequence[Path], transform: Preprocess) -> None:
-        self.pictures, self.paths, self.transform = pictures, paths, transform
+    def __init__(self, pictures: Pictures, transform: Preprocess) -> None:
+        self.pictures, self.transform = pictures, transform
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -143,7 +146,15 @@ class _Reader(Dataset[_Item]):
             image, label = self.pictures.load(index)
         except UnreadableImage as error:
             return _Item(index, None, -1, "", str(error))
-        return _Item(index, self.transform(image), -1 if label is None else label, digest_of(self.paths[index]), "")
+        return _Item(index, self.transform(image), -1 if label is None else label, _digest(self.pictures, index), "")
+
+
+def _digest(pictures: Pictures, index: int) -> str:
+    """Of a picture's bytes; nothing for one that cannot be read."""
+    try:
+        return hashlib.sha256(pictures.content(index)).hexdigest()[:16]
+    except UnreadableImage:
+        return ""
 
 
 def _check(args: argparse.Namespace) -> tuple[str, tuple[int, int, int] | None]:
@@ -229,6 +240,9 @@ def _command(args: argparse.Namespace, host: nn.Module, size: tuple[int, int, in
         "seed": args.seed,
         **{name: list(given) for name in ("mean", "std") if (given := getattr(args, name)) is not None},
     }
+    if not args.images:
+        root = None if args.data is None else str(args.data.resolve())
+        command |= {"data": root, "dataset": args.dataset, "split": args.split}
     if args.bottleneck is None:
         return command | {"method": args.method, "layer": args.layer}
     content = (saved_folder(args.bottleneck) / WEIGHTS).read_bytes()

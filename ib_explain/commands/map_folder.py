@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
-import hashlib
 import itertools
 import json
 import zipfile
@@ -24,7 +23,7 @@ from ib_explain.visualize import is_contact_sheet
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SHEET", "MapFolder", "digest_of", "is_map_folder", "plan_names"]
+__all__ = ["SHEET", "MapFolder", "is_map_folder", "plan_names"]
 
 RUN, TABLE = "run.json", "maps.csv"
 MADE_BY = {"made by": "ib-explain attribute"}  # tells our run.json from others
@@ -33,7 +32,7 @@ RESERVED = ("sheet",)  # names that no image gets
 DAMAGED = (OSError, ValueError, KeyError, zlib.error, zipfile.BadZipFile)  # what reading a damaged .npz raises
 
 
-Free: TypeAlias = Callable[[str, Path, Callable[[], str]], bool]
+Free: TypeAlias = Callable[[str, int], bool]
 
 
 class MapFolder:
@@ -214,12 +213,6 @@ def _is_ours(raw: Path) -> bool:
     return names >= {"map", "image", "digest", "unit", "target"}
 
 
-def digest_of(path: Path) -> str:
-    """Of a picture's bytes; of its name where it lies in an archive."""
-    content = path.read_bytes() if path.is_file() else str(path).encode()
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
 def plan_names(sources: Sequence[tuple[Path, Path]], free: Free | None = None) -> list[str]:
     """A name for each image, unique and the same in every run with the same images.
 
@@ -228,13 +221,12 @@ def plan_names(sources: Sequence[tuple[Path, Path]], free: Free | None = None) -
 
     Args:
         sources: (path, path below the folder that was given) of each image.
-        free: whether an image may have a name; takes that, its path and what gives the digest of its content.
+        free: whether an image may have a name; takes that and its place among the sources.
     """
     taken: dict[str, None] = dict.fromkeys(RESERVED)  # an ordered set
-    for path, below in sources:
+    for place, (path, below) in enumerate(sources):
         plain = below.with_suffix("").as_posix().replace("../", "").lstrip("/")
-        digest = functools.partial(digest_of, path)
         with_suffix = [f"{plain}-{path.suffix[1:]}"] if path.suffix else []
         names = itertools.chain([plain], with_suffix, (f"{plain}-{number}" for number in itertools.count(2)))
-        taken[next(n for n in names if n not in taken and (free is None or free(n, path, digest)))] = None
+        taken[next(n for n in names if n not in taken and (free is None or free(n, place)))] = None
     return list(taken)[len(RESERVED) :]

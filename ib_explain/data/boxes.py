@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -68,7 +69,7 @@ def read_boxes(path: str | Path, split: str | None = None) -> dict[str, Tensor]:
             xmin, ymin, xmax, ymax = (float(line[corner]) for corner in _CORNERS)
         except ValueError:
             raise ValueError(f"{where}: corners must be numbers, got {[line[c] for c in _CORNERS]}") from None
-        if not (xmin >= 0 and ymin >= 0 and xmax >= xmin and ymax >= ymin):
+        if not (0 <= xmin <= xmax < math.inf and 0 <= ymin <= ymax < math.inf):
             raise ValueError(f"{where}: need 0 <= min <= max, got ({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})")
         found.setdefault(line["file"], []).append([xmin, ymin, xmax, ymax])
     if not found:
@@ -120,7 +121,9 @@ class BoxImages(Dataset[BoxSample]):
 
     def __getitem__(self, index: int) -> BoxSample:
         place = self.indices[index]
-        image, label = self.images.load(place)
+        # Boxes are of the stored pixels, which a turn would move from under them.
+        as_stored = {"upright": False} if isinstance(self.images, ImageFiles) else {}
+        image, label = self.images.load(place, **as_stored)
         width, height = image.size
         boxes = self.boxes[self.images.name(place)]
         if (boxes[:, 2:] > boxes.new_tensor([width - 1, height - 1])).any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +57,9 @@ def read_fixations(path: str | Path) -> dict[str, Tensor]:
         try:
             point = [float(line["x"]), float(line["y"])]
         except ValueError:
-            raise ValueError(f"{where}: x and y must be numbers, got ({line['x']}, {line['y']})") from None
+            point = [math.nan]
+        if not all(map(math.isfinite, point)):
+            raise ValueError(f"{where}: x and y must be numbers, got ({line['x']}, {line['y']})")
         found.setdefault(line["image"], []).append(point)
     return {image: torch.tensor(points, device="cpu") for image, points in found.items()}
 
@@ -89,6 +92,11 @@ class GazeImages(Dataset[GazeSample]):
         self._files = list_images(root / "images")
         self._maps = [root / "maps" / f"{file.stem}.png" for file in self._files]
         self.names = [file.stem for file in self._files]
+        if len(set(self.names)) < len(self.names):
+            twice = next(name for name in self.names if self.names.count(name) > 1)
+            raise ValueError(
+                f"{root / 'images'} holds several pictures called {twice!r}; their gaze cannot be told apart"
+            )
         self.fixations = [table.get(name, torch.zeros(0, 2, device="cpu")) for name in self.names]
         unknown = sorted(set(table) - set(self.names))
         if unknown:

@@ -39,14 +39,14 @@ class UnreadableImage(ValueError):
     """A file that is missing, no picture, or cut short."""
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Read a picture as 8-bit RGB, turned upright as its EXIF orientation says.
+def read_image(path: str | Path, *, upright: bool = True) -> Image.Image:
+    """Read a picture as 8-bit RGB, turned upright as its EXIF orientation says, or with `upright` off as it is stored.
 
     Raises:
         UnreadableImage: the file is missing or no picture, it is cut short, or it has more than 8 bits a channel.
     """
     with _reading(path), Image.open(path) as image:
-        return _as_rgb(ImageOps.exif_transpose(image))
+        return _as_rgb(ImageOps.exif_transpose(image) if upright else image)
 
 
 def list_images(path: str | Path) -> list[Path]:
@@ -85,9 +85,14 @@ class ImageFiles(Dataset[Any]):
         image, _ = self.load(index)
         return self.transform(image) if self.transform else image
 
-    def load(self, index: int) -> tuple[Image.Image, int | None]:
-        """The picture itself, without the transform, and no label."""
-        return read_image(self.files[index]), None
+    def load(self, index: int, *, upright: bool = True) -> tuple[Image.Image, int | None]:
+        """The picture itself, without the transform, and no label; as it is stored with `upright` off."""
+        return read_image(self.files[index], upright=upright), None
+
+    def content(self, index: int) -> bytes:
+        """The file itself."""
+        with _reading(self.files[index]):
+            return self.files[index].read_bytes()
 
     def name(self, index: int) -> str:
         """The file's name in its folder."""
@@ -123,6 +128,13 @@ class LabelledImages(Dataset[Any]):
             file, label, *_ = self.reader[index]
         with _reading(self.name(index)), file, Image.open(file) as image:
             return _as_rgb(image), None if label is None else int(label)
+
+    def content(self, index: int) -> bytes:
+        """The file itself."""
+        with _reading(f"number {index} of the data set"):
+            file, *_ = self.reader[index]
+            with file:
+                return bytes(file.read())
 
     def name(self, index: int) -> str:
         """The file's name below the root, or the member's name in the tar file."""
@@ -221,10 +233,11 @@ def images_of(batch: Any, *, labelled: bool = True) -> tuple[Tensor, Tensor | No
         came = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
         told = f"the batch's labels must be {len(images)} integers, one an image, got {came}"
         raise ValueError(f"{told}; where there is no one class, yield the images alone")
+    labels = labels.long()  # 255 of uint8 is no -1
     missing = bool((labels == -1).all())
     if not missing and bool((labels < 0).any()):
         raise ValueError(f"the batch's labels must be >= 0, or all -1 for none, got {sorted(set(labels.tolist()))[:8]}")
-    return images, None if missing else labels.long()
+    return images, None if missing else labels
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

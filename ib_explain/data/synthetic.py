@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ib_explain.checks import check_positive_int
+from ib_explain.checks import check_bool, check_positive_int
 from ib_explain.data.drawing import CLASS_NAMES, draw_pictures
+from ib_explain.randomness import check_seed
 
 __all__ = ["CLASS_NAMES", "MEAN", "STD", "Synthetic", "SyntheticSample", "build_demo_host", "demo_host", "render"]
 
@@ -70,10 +71,10 @@ class Synthetic(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError(
                 f"size must be at least 32 pixels, below that the classes cannot be told apart, got {size}"
             )
-        if operator.index(seed) < 0:
+        if check_seed(seed) < 0:
             raise ValueError(f"seed must be an integer >= 0, got {seed}")
-        self.seed = operator.index(seed)
-        self.pairs = pairs
+        self.seed = check_seed(seed) % 2**64
+        self.pairs = check_bool(pairs, "pairs")
 
     def __len__(self) -> int:
         return self.n

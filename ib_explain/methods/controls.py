@@ -82,7 +82,7 @@ class Edges:
 
     def __call__(self, call: Call) -> Tensor:
         call.refuse_layer("edges")
-        return sobel_magnitude(call.x.float().mean(dim=1, keepdim=True))
+        return sobel_magnitude(call.x.detach().float().mean(dim=1, keepdim=True))
 
 
 @register_method("activation_energy")

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ib_explain.checks import check_images, check_number, check_positive_int
+from ib_explain.checks import check_images, check_positive_int
 from ib_explain.hosts import channels_of
 from ib_explain.ib import IBAttention
 from ib_explain.methods.base import Call, check_reference, default_site, register_method
@@ -42,19 +42,18 @@ class PerImageIB:
 
     def __post_init__(self) -> None:
         check_positive_int(self.steps, "steps")
-        check_positive_int(self.copies, "copies")
-        check_number(self.lr, "lr", above=0)
-        if self.beta is not None:
-            check_number(self.beta, "beta", above=0)
+        self._settings(0)
         check_output(self.output, self.gate, relevance=False)
         check_reference(self.reference)
+
+    def _settings(self, seed: int) -> PerImageSettings:
+        return PerImageSettings(self.steps, self.lr, self.beta, self.copies, seed)
 
     def __call__(self, call: Call) -> Tensor:
         check_images(call.x, channels=channels_of(call.model), name="inputs")
         if call.layer is None:
             default_site(call.model, call.input_size)  # a host without one is no failure
         ib = IBAttention(call.model, call.layer, gate=self.gate, seed=call.seed)
-        settings = PerImageSettings(self.steps, self.lr, self.beta, self.copies, call.seed)
         return ib.attribute_per_image(
-            call.x, call.target, settings=settings, reference=self.reference, output=self.output
+            call.x, call.target, settings=self._settings(call.seed), reference=self.reference, output=self.output
         )

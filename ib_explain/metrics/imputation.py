@@ -42,7 +42,7 @@ def noisy_linear_imputation(
     """
     if not tolerance > 0:
         raise ValueError(f"tolerance must be > 0, got {tolerance}")
-    return Imputer(noise, seed, tolerance)(check_images(x), removed)
+    return Imputer(noise, seed, tolerance)(check_images(x).detach(), removed)
 
 
 class Imputer:

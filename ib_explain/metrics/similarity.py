@@ -81,6 +81,7 @@ def _undefined(maps: Tensor) -> Tensor:
 
 def _ranks(values: Tensor) -> Tensor:
     """Ranks from 1 within each row of (B, N), float64; ties get their mean rank."""
+    values = values.contiguous()
     ordered = values.sort(dim=1).values
     lower = torch.searchsorted(ordered, values)
     not_higher = torch.searchsorted(ordered, values, right=True)

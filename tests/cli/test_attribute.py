@@ -258,3 +258,17 @@ def test_names_of_any_bytes_and_of_any_length(host, pictures, tmp_path, capsys):
     assert main(words) == 0
     assert "latin\\udce9" in capsys.readouterr().out
     assert len(list((tmp_path / "maps").glob("*.npz"))) == 3 and (tmp_path / "maps" / "maps.csv").is_file()
+
+
+def test_maps_of_one_data_set_are_not_taken_for_those_of_another(host, pictures, tmp_path, fails, capsys):
+    for name in ("one", "other"):
+        shutil.copytree(pictures / "train", tmp_path / name)
+    for picture in (tmp_path / "other").rglob("*.png"):
+        Image.open(picture).rotate(90).save(picture)
+    words = ["attribute", *host, "--method", "edges", "--workers", "0", "--limit", "2", "--out", str(tmp_path / "maps")]
+    assert main([*words, "--data", str(tmp_path / "one")]) == 0
+    capsys.readouterr()
+    assert "holds maps of another command (data " in fails(*words, "--data", tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "a" / "0.png", tmp_path / "one" / "a" / "0.png")  # other content, the same name
+    assert main([*words, "--data", str(tmp_path / "one")]) == 0
+    assert "2 maps, 1 of them from before" in capsys.readouterr().out
