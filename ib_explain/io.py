@@ -97,7 +97,8 @@ def check_host(folder: str | os.PathLike[str], config: dict[str, Any], model: nn
         ValueError: another architecture.
 
     Warns:
-        UserWarning: same architecture, other weights or images normalised otherwise; or a checkpoint of a fit that was not at its end.
+        UserWarning: same architecture, other weights or images normalised otherwise; or a checkpoint of a fit that was
+            not at its end.
     """
     theirs, ours = config["host"], host_facts(model)
     if theirs["structure"] != ours["structure"]:

@@ -347,6 +347,6 @@ def _fits(grid: tuple[int, int], input_size: tuple[int, int, int]) -> bool:
 
 
 def _factorisations(count: int, input_size: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
-    for h in range(2, math.isqrt(max(count, 0)) * 4 + 1):
+    for h in range(2, min(count // 2, input_size[1]) + 1):
         if count % h == 0 and _fits((h, count // h), input_size):
             yield h, count // h

@@ -340,3 +340,20 @@ def test_probe_images_are_seeded_and_of_unit_variance() -> None:
     assert torch.equal(a, b)
     assert not torch.equal(a, probe_images(2, SIZE, seed=2))
     torch.testing.assert_close(a.std(dim=(1, 2, 3)), torch.ones(2))
+
+
+@pytest.mark.parametrize("size", [(32, 1024), (1024, 32)])
+def test_tokens_of_a_strip_are_found_lying_and_standing(size):
+    class Strip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch = nn.Conv2d(3, 8, 16, stride=16)
+            self.tokens = nn.Identity()
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.tokens(self.patch(x).flatten(2).transpose(1, 2)).mean(dim=1))
+
+    torch.manual_seed(0)
+    found = find_layouts(Strip().eval(), ["tokens"], (3, *size))["tokens"]
+    assert isinstance(found, Layout) and found.grid == (size[0] // 16, size[1] // 16)
