@@ -89,7 +89,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         if found.type == "cuda" and found.index is None and gpus:  # of several processes, each has its own
             return pick_device()
         torch.zeros(1, device=found).tolist()  # a device that cannot say a value is none to compute on
-    except (NotImplementedError, RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError):
         have = ", ".join(["cpu", *(f"cuda:{i}" for i in range(gpus))])
         raise ValueError(f"no device {str(device)!r} here; there: {have}") from None
     return found
