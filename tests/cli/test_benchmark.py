@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import shutil
 
-import numpy as np
 import torch
-from PIL import Image
 
 import ib_explain as ibx
 from ib_explain.cli import main
 
 
-def test_a_run_is_measured_reported_and_read_back(tmp_path, capsys, monkeypatch):
-    noise = np.random.default_rng(0)
+def test_a_run_is_measured_reported_and_read_back(pictures, tmp_path, capsys):
     for name in "ab":
-        (tmp_path / "val" / name).mkdir(parents=True)
-        for number in range(2):
-            pixels = noise.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "val" / name / f"{number}.png")
+        shutil.copytree(pictures / "train" / name, tmp_path / "val" / name)
     boxes = tmp_path / "boxes.csv"
     boxes.write_text("split,file,xmin,ymin,xmax,ymax\nval,a/0.png,3,4,30,40\nval,b/1.png,3,4,30,40\ntrain,c,0,0,1,1\n")
     words = ["benchmark", "test_resnet", "--input-size", "64", "--num-classes", "5", "--device", "cpu"]
