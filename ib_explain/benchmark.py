@@ -101,6 +101,8 @@ def benchmark(
         raise ValueError(f"unknown target {target!r}{did_you_mean(str(target), TARGETS)}")
     check_bool(extend, "extend")
     rows_at_once = None if batch_size is None else check_positive_int(batch_size, "batch_size")
+    if out is not None and not isinstance(out, str | os.PathLike):
+        raise TypeError(f"out must be the path of a folder, got {out!r}")
     contenders = contenders_of(methods, model)
     chosen = _metrics(metrics)
     reference = _reference(reference, contenders)
@@ -223,7 +225,8 @@ def _reference(reference: str | None, contenders: Sequence[Contender]) -> str | 
         return reference
     if reference == "grad_cam":  # the default: under another name, or it does not take part
         return next((contender.name for contender in contenders if contender.facts.get("method") == "grad_cam"), None)
-    raise ValueError(f"the reference must be one of the methods, got {reference!r}{did_you_mean(reference, methods)}")
+    hint = did_you_mean(str(reference), methods)
+    raise ValueError(f"the reference must be one of the methods, got {reference!r}{hint}")
 
 
 def _check_needs(metrics: Sequence[Metric], source: Source) -> None:

@@ -9,16 +9,17 @@ import difflib
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["check_bool", "check_images", "check_maps", "check_number", "check_positive_int", "did_you_mean"]
-__all__ += ["take_options", "warn_user"]
+__all__ = ["check_bool", "check_images", "check_maps", "check_number", "check_positive_int", "check_shares"]
+__all__ += ["did_you_mean", "take_options", "warn_user"]
 
 LISTED = 12  # known names that an error shows
 ONE_CLASS = (
@@ -133,7 +134,7 @@ def check_positive_int(value: Any, name: str) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer >= 1, got {value!r}")
     number = value.__index__()
-    if number < 1:
+    if not 1 <= number < 2**63:  # beyond that torch counts no further
         raise ValueError(f"{name} must be an integer >= 1, got {number}")
     return number
 
@@ -148,6 +149,18 @@ def check_number(value: Any, name: str, *, above: float | None = None, at_least:
     if not (beyond and math.isfinite(number)):
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
     return number
+
+
+def check_shares(values: Any, name: str) -> tuple[float, ...]:
+    """Return one or more numbers in (0, 1) as a tuple, or say what came instead (a single number is refused)."""
+    if isinstance(values, np.ndarray | Tensor):
+        values = values.tolist()
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a sequence of numbers in (0, 1), such as (0.1, 0.5), got {values!r}")
+    shares = tuple(check_number(value, f"each of {name}") for value in values)
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise ValueError(f"{name} must be one or more numbers in (0, 1), got {shares}")
+    return shares
 
 
 def take_options(options: Mapping[str, Any], known: Iterable[str], owner: str) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def _size_of_patches(host: nn.Module, first_conv: Any) -> tuple[int, int] | None
 
 def channels_of(model: nn.Module) -> int | None:
     """Image channels of a timm host; None for another, whose first pass has to tell."""
-    return input_size_of(model)[0] if timm_config(unwrap(model)) else None
+    return input_size_of(model)[0] if timm_config(model) else None
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:

@@ -209,7 +209,7 @@ def _assumed_size_told(model: nn.Module, given: Any) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if given is None and not timm_config(unwrap(model)).get("input_size"):
+        if given is None and not timm_config(model).get("input_size"):
             told = f"{error}; {input_size_of(model)} is assumed for a model that tells no size, pass input_size="
             raise ValueError(told) from error
         raise

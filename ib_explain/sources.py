@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
@@ -67,6 +68,8 @@ class Source:
         if isinstance(data, IterableDataset):
             data = DataLoader(data, BATCH, collate_fn=getattr(data, "collate", None))
         self.limit = None if images is None else check_positive_int(images, "images")
+        if isinstance(names, str) or not isinstance(names, Sequence | np.ndarray | None):
+            raise TypeError(f"names must be a list of one name for each image, got {names!r}")
         self.names = names
         self.class_folders, self.root = class_folders(data), root_of(data)
         loader = _loader_of(data)

@@ -263,9 +263,10 @@ def _unit_of(name: str) -> str:
 def _checked_titles(titles: Any, batch: int) -> list[str]:
     if titles is None:
         return []
-    if isinstance(titles, str) or len(titles) != batch:
-        got = "a string" if isinstance(titles, str) else f"{len(titles)}"
-        raise ValueError(f"titles must hold one title for each of the {batch} images, got {got}")
+    if isinstance(titles, str) or not isinstance(titles, Sequence):
+        raise TypeError(f"titles must be a list of one title for each image, got {titles!r}")
+    if len(titles) != batch:
+        raise ValueError(f"titles must hold one title for each of the {batch} images, got {len(titles)}")
     return [str(title) for title in titles]
 
 

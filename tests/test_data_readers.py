@@ -134,13 +134,16 @@ def test_a_host_of_one_channel_gets_grey_pictures():
     ("wrong", "message"),
     [
         ({"crop_pct": 1.5}, r"crop_pct must be in \(0, 1\], got 1.5"),
+        ({"crop_pct": "a"}, r"crop_pct \(a share in \(0, 1\]\) must be a number > 0, got 'a'"),
+        ({"interpolation": "cubic"}, "interpolation must be one of nearest, bilinear, bicubic, .*, got 'cubic'"),
+        ({"mean": float("nan")}, "mean must be a finite number, got nan"),
         ({"crop_mode": "centre"}, "crop_mode must be one of center, squash, border, got 'centre'"),
         ({"std": (1, 1, 0)}, "mean and std must hold 3 values, std > 0"),
         ({"size": 0}, "size must be an integer >= 1, got 0"),
     ],
 )
 def test_bad_preprocessing(wrong, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         preprocess(host(TIMM_CONFIG), **wrong)
 
 

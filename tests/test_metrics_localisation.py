@@ -90,7 +90,7 @@ def test_pointing_tolerance_is_euclidean_and_inclusive():
     mask[0, 0, 8, 7] = True  # 4 down, 3 to the right: distance 5
     assert pointing_game(heat, mask, tolerance=4.99).item() == 0
     assert pointing_game(heat, mask, tolerance=5).item() == 1
-    with pytest.raises(ValueError, match=r"tolerance must be >= 0 pixels, got -1"):
+    with pytest.raises(ValueError, match=r"tolerance \(in pixels\) must be a finite number >= 0, got -1"):
         pointing_game(heat, mask, tolerance=-1)
 
 

@@ -137,7 +137,7 @@ def test_bad_holes_are_named():
         ValueError, match=r"noise \(a standard deviation in the units of x\) must be a finite number >= 0"
     ):
         noisy_linear_imputation(x, torch.zeros(2, 8, 8, dtype=torch.bool), noise=-1)
-    with pytest.raises(ValueError, match="tolerance must be > 0, got 0"):
+    with pytest.raises(ValueError, match="tolerance must be a finite number > 0, got 0"):
         noisy_linear_imputation(x, torch.zeros(2, 8, 8, dtype=torch.bool), tolerance=0)
 
 
@@ -206,8 +206,13 @@ def test_batch_size_changes_no_result(net, batch):
 def test_bad_settings_are_named(net, batch):
     with pytest.raises(ValueError, match="unknown order 'lref'; did you mean 'lerf'"):
         road(net, *batch, order="lref")
-    for fractions in ((), (0.5, 0.2), (0.0, 0.5), (0.5, 1.0), (1.5,)):
-        with pytest.raises(ValueError, match=r"fractions must rise within \(0, 1\)"):
+    for fractions in ((), (0.0, 0.5), (0.5, 1.0), (1.5,)):
+        with pytest.raises(ValueError, match=r"fractions must be one or more numbers in \(0, 1\)"):
             road(net, *batch, fractions=fractions)
+    for fractions in ((0.5, 0.2), (0.5, 0.5001)):
+        with pytest.raises(ValueError, match=r"fractions must rise within \(0, 1\) and differ by a pixel or more"):
+            road_combined(net, *batch, fractions=fractions)
+    with pytest.raises(TypeError, match=r"fractions must be a sequence of numbers in \(0, 1\), .* got 0.1"):
+        road(net, *batch, fractions=0.1)
     with pytest.raises(ValueError, match="maps must be finite"):
         road(net, batch[0], batch[1] / 0)

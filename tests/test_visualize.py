@@ -180,7 +180,7 @@ def test_no_display_and_no_open_figures(x, heat):
         ({"unit": 3}, TypeError, "unit must be a string"),
         ({"scale": "image"}, ValueError, "scale must be 'shared' or 'row', got 'image'"),
         ({"titles": ["one"]}, ValueError, "each of the 3 images, got 1"),
-        ({"titles": "one"}, ValueError, "got a string"),
+        ({"titles": "one"}, TypeError, "titles must be a list of one title for each image, got 'one'"),
     ],
 )
 def test_mistakes_are_named(x, heat, change, error, text):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ib_explain.checks import check_images, check_positive_int
+from ib_explain.checks import check_images, check_number, check_positive_int
 from ib_explain.hosts import channels_of, timm_data_config
 from ib_explain.modules import unwrap
 
@@ -21,6 +21,7 @@ __all__ = ["Channels", "CropMode", "Placement", "Preprocess", "denormalize", "pr
 Channels = float | Sequence[float] | Tensor | None
 """Of a mean or a standard deviation: one number or one a channel."""
 CropMode = Literal["center", "squash", "border"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class Preprocess:
     crop_mode: CropMode
     """"center": the shorter side fits, what juts out is lost; "squash": both sides fit, the aspect ratio is lost;
     "border": the longer side fits, the rest is padded with the mean colour."""
-    interpolation: str
-    """timm's name: "bicubic", "bilinear", ..."""
+    interpolation: Interpolation
+    """The resize's filter, by timm's name."""
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the normalised input, (C, H, W) float32, C = 3, or 1 of the picture's luminance (ITU-R 601-2)."""
@@ -137,7 +138,7 @@ def preprocess(
     std: float | Sequence[float] | None = None,
     crop_pct: float | None = None,
     crop_mode: CropMode | None = None,
-    interpolation: str | None = None,
+    interpolation: Interpolation | None = None,
 ) -> Preprocess:
     """Return the host's own preprocessing, from timm's data config; what is given here goes before it.
 
@@ -154,10 +155,11 @@ def preprocess(
         std: likewise, > 0.
         crop_pct: in (0, 1].
         crop_mode: "center", "squash" or "border".
-        interpolation: timm's name of the resize's filter.
+        interpolation: the resize's filter: "nearest", "bilinear", "bicubic", "box", "hamming" or "lanczos".
 
     Raises:
-        ValueError: no config and no size, mean and std; a value out of range; a host of other than 1 or 3 channels.
+        TypeError, ValueError: no config and no size, mean and std; a value out of range; a host of other than 1 or 3
+            channels.
     """
     channels = channels_of(model) or (3 if mean is None or isinstance(mean, int | float) else len(mean))
     if channels not in (1, 3):
@@ -183,16 +185,17 @@ def preprocess(
         raise ValueError(f"{name} carries no timm preprocessing (pretrained_cfg); give {', '.join(missing)}")
     result = Preprocess(
         size=(check_positive_int(config["size"][0], "size"), check_positive_int(config["size"][1], "size")),
-        mean=_of_channels(config["mean"], channels),
-        std=_of_channels(config["std"], channels),
-        crop_pct=float(config["crop_pct"]),
+        mean=_of_channels(config["mean"], "mean", channels),
+        std=_of_channels(config["std"], "std", channels),
+        crop_pct=check_number(config["crop_pct"], "crop_pct (a share in (0, 1])", above=0),
         crop_mode=config["crop_mode"],
         interpolation=config["interpolation"],
     )
-    if not 0 < result.crop_pct <= 1:
+    if result.crop_pct > 1:
         raise ValueError(f"crop_pct must be in (0, 1], got {result.crop_pct}")
-    if result.crop_mode not in get_args(CropMode):
-        raise ValueError(f"crop_mode must be one of {', '.join(get_args(CropMode))}, got {result.crop_mode!r}")
+    for name, known in (("crop_mode", get_args(CropMode)), ("interpolation", get_args(Interpolation))):
+        if getattr(result, name) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(result, name)!r}")
     if len(result.mean) != channels or len(result.std) != channels or min(result.std) <= 0:
         raise ValueError(f"mean and std must hold {channels} values, std > 0, got {result.mean} and {result.std}")
     return result
@@ -225,8 +228,8 @@ def denormalize(x: Tensor, *, model: nn.Module | None = None, mean: Channels = N
     return images.clamp(0, 1).expand(-1, 3, -1, -1)
 
 
-def _of_channels(given: float | Sequence[float], channels: int) -> tuple[float, ...]:
-    values = [float(given)] if isinstance(given, int | float) else [float(value) for value in given]
+def _of_channels(given: float | Sequence[float], name: str, channels: int) -> tuple[float, ...]:
+    values = [check_number(value, name) for value in ([given] if isinstance(given, int | float) else given)]
     if channels == 1 and len(values) == 3:  # timm keeps three of a model that was made for grey images
         values = [sum(values) / 3]
     return tuple(values * channels if len(values) == 1 else values)

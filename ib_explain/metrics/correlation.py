@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ib_explain.checks import check_positive_int
+from ib_explain.checks import check_positive_int, check_shares
 from ib_explain.metrics.base import Case, Curve, register_metric
 from ib_explain.metrics.perturbation import deletion_curve, insertion_curve, ranked_curve, rounding_error
 from ib_explain.metrics.probe import Probe
@@ -107,9 +107,7 @@ def sensitivity_n(
         constant map or score; an n whose correlation is undefined is left out of the mean.
     """
     probe = Probe(model, x, target, batch_size=batch_size)
-    if isinstance(fractions, (int, float)):
-        raise TypeError(f"fractions must be a sequence of shares such as ({fractions},), got {fractions}")
-    return _sensitivity(probe, maps, tuple(fractions), sets, fill, score, seed)
+    return _sensitivity(probe, maps, check_shares(fractions, "fractions"), sets, fill, score, seed)
 
 
 def _calibration(curve: Curve, maps: Tensor) -> Tensor:
@@ -131,8 +129,6 @@ def _sensitivity(
 ) -> Curve:
     maps = probe.check_maps(maps)
     sets = check_positive_int(sets, "sets")
-    if not fractions or not all(0 < fraction < 1 for fraction in fractions):
-        raise ValueError(f"fractions must be one or more numbers in (0, 1), got {fractions}")
     above = _above_minimum(maps)
     pixels = above.shape[1]
     sizes = tuple(max(1, round(fraction * pixels)) for fraction in fractions)

@@ -38,10 +38,9 @@ def noisy_linear_imputation(
         (B, C, H, W), equal to x where nothing was removed.
 
     Raises:
-        ValueError: shapes that do not fit, or an image without a pixel left.
+        TypeError, ValueError: other tensors than these, shapes that do not fit, an image without a pixel left.
     """
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be > 0, got {tolerance}")
+    check_number(tolerance, "tolerance", above=0)
     return Imputer(noise, seed, tolerance)(check_images(x).detach(), removed)
 
 
@@ -54,8 +53,10 @@ class Imputer:
         self.solver: _Solver | None = None
 
     def __call__(self, x: Tensor, removed: Tensor) -> Tensor:
-        if removed.dtype != torch.bool or removed.shape != (len(x), *x.shape[2:]):
-            expected = (len(x), *x.shape[2:])
+        expected = (len(x), *x.shape[2:])
+        if not isinstance(removed, Tensor):
+            raise TypeError(f"removed must be a bool tensor of shape {expected}, got {type(removed).__name__}")
+        if removed.dtype != torch.bool or removed.shape != expected:
             raise ValueError(f"removed must be bool of shape {expected}, got {removed.dtype} of {tuple(removed.shape)}")
         empty = int(removed.flatten(1).all(1).sum())
         if empty:

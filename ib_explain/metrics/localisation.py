@@ -22,6 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ib_explain.checks import check_number
 from ib_explain.metrics.base import register_function
 from ib_explain.metrics.ground_truth import centred_gaussian
 from ib_explain.metrics.values import flat_heat, flat_values, is_constant, undefined_where
@@ -48,8 +49,7 @@ def pointing_game(maps: Tensor, masks: Tensor, *, tolerance: float = 0.0) -> Ten
         tolerance: pixels by which the point may miss the mask (Euclidean), >= 0. The paper grants 15 on images of about
             500 pixels a side; the default grants none, since 15 pixels of a small input are a large part of it.
     """
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be >= 0 pixels, got {tolerance}")
+    tolerance = check_number(tolerance, "tolerance (in pixels)", at_least=0)
     values = flat_values(maps)
     inside = _flat_masks(masks, maps)
     width = maps.shape[-1]
@@ -106,7 +106,7 @@ def effective_heat_ratio(maps: Tensor, masks: Tensor, *, floor: float = 0.1) -> 
         masks: (B, 1, H, W) or (B, H, W) bool.
         floor: values below this share of the maximum are dropped, in [0, 1).
     """
-    if not 0 <= floor < 1:
+    if not check_number(floor, "floor (a share of the maximum)", at_least=0) < 1:
         raise ValueError(f"floor must be a share of the maximum in [0, 1), got {floor}")
     heat = flat_heat(maps)
     inside = _flat_masks(masks, maps)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ib_explain.checks import check_shares
 from ib_explain.metrics.base import Case, Curve, register_metric
 from ib_explain.metrics.imputation import Imputer
 from ib_explain.metrics.perturbation import most_relevant_first
@@ -58,7 +59,7 @@ def road(
         intact image.
     """
     probe = Probe(model, x, target, batch_size=batch_size)
-    return _road(probe, maps, order, tuple(fractions), noise, score, seed)
+    return _road(probe, maps, order, check_shares(fractions, "fractions"), noise, score, seed)
 
 
 def road_combined(
@@ -77,8 +78,8 @@ def road_combined(
 
     The `ROADCombined` of pytorch-grad-cam, with ranks in place of thresholds.
     """
-    probe = Probe(model, x, target, batch_size=batch_size)
-    lerf, morf = (_road(probe, maps, order, tuple(fractions), noise, score, seed) for order in ("lerf", "morf"))
+    probe, shares = Probe(model, x, target, batch_size=batch_size), check_shares(fractions, "fractions")
+    lerf, morf = (_road(probe, maps, order, shares, noise, score, seed) for order in ("lerf", "morf"))
     return (lerf.auc - morf.auc) / 2
 
 
@@ -89,7 +90,7 @@ def _road(
     ranks = pixel_ranks(maps, descending=most_relevant_first(order))
     pixels, size = ranks.shape[1], probe.x.shape[2:]
     counts = [round(fraction * pixels) for fraction in fractions]
-    if not counts or any(low >= high for low, high in zip([0, *counts], [*counts, pixels], strict=True)):
+    if any(low >= high for low, high in zip([0, *counts], [*counts, pixels], strict=True)):
         raise ValueError(f"fractions must rise within (0, 1) and differ by a pixel or more, got {fractions}")
     limits = torch.tensor(counts, dtype=ranks.dtype, device=ranks.device)
 
