@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the user's mistake (one line on standard error), 1 anythin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import io
@@ -13,7 +14,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
@@ -30,10 +31,60 @@ FILE_ERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirect
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    _prepare_streams()
+    command = ""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            with _flushed_at_the_end():
+                args = _parsed(argv)
+                command = args.command
+                return int(importlib.import_module(f"ib_explain.commands.{command}").run(args))
+        except KeyboardInterrupt:
+            goes_on = command in ("attribute", "benchmark")  # `fit` asks for --resume and says so
+            return _say("interrupted" + "; the same command goes on after what is written" * goes_on, FAILED)
+        except BrokenPipeError:  # `ib-explain layers ... | head`
+            _let_go_of_stdout()
+            return FAILED
+        except ConnectionError as error:
+            return _say(str(error), FAILED)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                if error.filename is None:  # perhaps of standard output, where the end would say it again
+                    _let_go_of_stdout()
+                where = f"{error.filename}: " if error.filename else ""
+                return _say(f"cannot write {where}{error.strerror}; what is finished stays", FAILED)
+            line = _mistake(error)
+            if line is None:
+                raise
+            return _say(line, MISTAKE)
+
+
+def _prepare_streams() -> None:
+    """Streams that can be written to: where the caller has closed one, what is said there is lost, and no more."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # as long as the process
     if isinstance(sys.stdout, io.TextIOWrapper):  # no terminal's encoding ends a command that has done its work
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+
+
+@contextlib.contextmanager
+def _flushed_at_the_end() -> Iterator[None]:
+    """What is wrong with standard output is then raised here, not by the interpreter when all is over."""
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+
+
+def _let_go_of_stdout() -> None:
+    with contextlib.suppress(io.UnsupportedOperation):  # of what is no file, nothing is written at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    args, rest = _parser().parse_known_args(argv)
     end = rest.index("--") if "--" in rest else len(rest)  # behind it a name may begin with a dash
     if hasattr(args, "images") and not any(word.startswith("-") for word in rest[:end]):
         # argparse takes one run of positional words; here they may stand between options
@@ -41,27 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif rest:
         unknown = " ".join([word for word in rest if word.startswith("-")] or rest)
         hint = "; a file of such a name is given as ./-NAME" if hasattr(args, "images") else ""
-        return _say(f"unknown arguments: {unknown}; see `ib-explain {args.command} --help`{hint}", MISTAKE)
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
-        try:
-            return int(importlib.import_module(f"ib_explain.commands.{args.command}").run(args))
-        except KeyboardInterrupt:
-            goes_on = args.command in ("attribute", "benchmark")  # `fit` asks for --resume and says so
-            return _say("interrupted" + "; the same command goes on after what is written" * goes_on, FAILED)
-        except BrokenPipeError:  # `ib-explain layers ... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return FAILED
-        except ConnectionError as error:
-            return _say(str(error), FAILED)
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in NO_SPACE:
-                where = f"{error.filename}: " if error.filename else ""
-                return _say(f"cannot write {where}{error.strerror}; what is finished stays", FAILED)
-            line = _mistake(error)
-            if line is None:
-                raise
-            return _say(line, MISTAKE)
+        told = f"unknown arguments: {unknown}; see `ib-explain {args.command} --help`{hint}"
+        raise SystemExit(_say(told, MISTAKE))
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -170,7 +203,7 @@ def _add_attribute(commands: Commands) -> None:
         type=_natural,
         default=0,
         metavar="K",
-        help="per-image steps on top of a fitted bottleneck, ten make 16 to 40 passes in all (default: 0)",
+        help="per-image steps on top of a fitted bottleneck, ten make 16 to 39 passes in all (default: 0)",
     )
     attribute.add_argument(
         "--output",

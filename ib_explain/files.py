@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-__all__ = ["check_replaceable", "current_folder", "remove_folder", "replace_file", "replace_folder", "write_file"]
+__all__ = [
+    "check_replaceable",
+    "check_writable",
+    "current_folder",
+    "is_leftover",
+    "remove_folder",
+    "replace_file",
+    "replace_folder",
+    "write_file",
+]
 
 
 @contextlib.contextmanager
@@ -26,6 +36,11 @@ def replace_file(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file bears a name that `replace_file` gives until all is written: what a killed command leaves."""
+    return re.fullmatch(r"\..*-[a-z0-9_]{8}(\.\w+)?", path.name) is not None
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
@@ -92,8 +107,23 @@ def check_replaceable(path: str | Path, ours: Collection[str]) -> None:
     elif path.exists() or path.is_symlink():
         raise FileExistsError(f"{path} is no folder; name another one")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=_beside(path.name), dir=path.parent):
-        pass
+    check_writable(path.parent)
+
+
+def check_writable(path: str | Path) -> None:
+    """Make sure that files can be made in the folder `path`, or that it can be made itself; nothing stays behind.
+
+    Raises:
+        FileExistsError: a file of that name, or a link to nothing.
+        OSError: the place cannot be written to.
+    """
+    path = Path(path)
+    for place in (path, *path.absolute().parents):
+        if place.is_dir():
+            with tempfile.TemporaryDirectory(prefix=_beside(path.name), dir=place):
+                return
+        if place.exists() or place.is_symlink():
+            raise FileExistsError(f"{place} is no folder; name another one")
 
 
 def current_folder(path: str | Path) -> Path | None:

@@ -226,6 +226,8 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
         found = timm.models.load_state_dict(str(path), weights_only=True)
     except SafetensorError as error:
         raise ValueError(f"cannot read checkpoint {path}: {_first_line(error)}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read checkpoint {path}: {error.strerror or error}") from None
     except Exception:  # unpickling what is no pickle raises anything, and torch's own words advise to load unsafely
         told = "it is neither safetensors nor a torch state dict"
         raise ValueError(f"cannot read checkpoint {path}: {told}") from None

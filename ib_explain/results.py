@@ -200,6 +200,8 @@ class RunStore:
 
     def undo_if_empty(self) -> None:
         """Leave the folder as it was where nothing was measured: a mistake in the data must not hold it."""
+        if _read_run(self.folder) != self.run:  # the same command was started once more meanwhile, and goes on
+            return
         if self._former is not None:  # what a run was to be extended by would bind all later starts
             write_file(self.folder / "run.json", _json(self._former))
         if self._begun_here and not any(any(self.folder.glob(pattern)) for pattern in OURS):
@@ -312,10 +314,11 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         known = run["format"]
-        missing = [key for key in ("settings", "info", "resumed") if known == FORMAT and key not in run]
-        if missing:
-            raise KeyError(*missing)
-    except ValueError as error:
+        kinds = {"settings": dict, "info": dict, "resumed": list}
+        wrong = [key for key, kind in kinds.items() if known == FORMAT and not isinstance(run[key], kind)]
+        if wrong:
+            raise TypeError(*wrong)
+    except (ValueError, RecursionError) as error:
         told = f"it cannot be read ({type(error).__name__}); delete it to begin again"
         raise ValueError(f"{path} is not a run of ib_explain: {told}") from error
     except (KeyError, TypeError) as error:

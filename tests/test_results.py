@@ -248,12 +248,32 @@ def test_strange_folders_are_refused(tmp_path):
         RunStore.open(None, SETTINGS, rank=1)
     assert not (tmp_path / "new").exists()
     (tmp_path / "old").mkdir()
+    for key, value in (("settings", []), ("info", 5), ("resumed", {})):
+        whole = {"format": 1, "settings": {}, "info": {}, "resumed": []}
+        (tmp_path / "old" / "run.json").write_text(json.dumps(whole | {key: value}))
+        with pytest.raises(ValueError, match="run.json is not a run of ib_explain; choose another folder"):
+            check_folder(tmp_path / "old", SETTINGS)
+    (tmp_path / "old" / "run.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"it cannot be read \(RecursionError\); delete it to begin again"):
+        check_folder(tmp_path / "old", SETTINGS)
     (tmp_path / "old" / "run.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match="must have format 1, got 99"):
         check_folder(tmp_path / "old", SETTINGS)
     (tmp_path / "old" / "run.json").write_text("[]")
     with pytest.raises(ValueError, match="not a run of ib_explain"):
         check_folder(tmp_path / "old", SETTINGS)
+
+
+def test_a_run_that_another_start_has_joined_is_not_undone(tmp_path):
+    first = RunStore.open(tmp_path / "run", SETTINGS)
+    second = RunStore.open(tmp_path / "run", SETTINGS, {"command": "the same"})
+    first.undo_if_empty()
+    assert (tmp_path / "run" / "run.json").is_file()
+    second.append(0, batch_of(0))
+    assert len(RunStore.read(tmp_path / "run").rows()) == len(batch_of(0))
+    alone = RunStore.open(tmp_path / "alone", SETTINGS)
+    alone.undo_if_empty()
+    assert not (tmp_path / "alone").exists()
 
 
 def test_foreign_columns_are_refused(tmp_path):

@@ -205,7 +205,7 @@ def _pictures(args: argparse.Namespace, out: Path, problems: list[str]) -> tuple
     found: list[tuple[Path, Path]] = []
     for given in args.images:
         if given.is_dir():
-            below = [(path, path.relative_to(given)) for path in _all_below(given, out)]
+            below = [(path, path.relative_to(given)) for path in _all_below(given, out, problems)]
             if not below:
                 _complain(f"no images in {given} or below", problems)
             found += below
@@ -219,10 +219,14 @@ def _pictures(args: argparse.Namespace, out: Path, problems: list[str]) -> tuple
     return ImageFiles([path for path, _ in found]), found
 
 
-def _all_below(folder: Path, out: Path) -> list[Path]:
+def _all_below(folder: Path, out: Path, problems: list[str]) -> list[Path]:
     """Pictures in a folder and below, but for those in `out` and those that earlier runs made."""
     found: list[Path] = []
-    for directory, folders, _files in os.walk(folder):
+
+    def locked(error: OSError) -> None:
+        _complain(f"cannot read folder {error.filename}: {error.strerror}", problems)
+
+    for directory, folders, _files in os.walk(folder, onerror=locked):
         below = sorted(Path(directory) / name for name in folders)
         folders[:] = [path.name for path in below if path.resolve() != out.resolve() and not is_map_folder(path)]
         with contextlib.suppress(ValueError):  # a folder without pictures of its own

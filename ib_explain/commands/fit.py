@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shlex
 import time
@@ -24,7 +25,7 @@ from ib_explain.commands.common import (
 )
 from ib_explain.data.images import ImageFiles, LabelledImages, UnreadableImage, open_dataset
 from ib_explain.data.origins import check_outside, class_folders, root_of
-from ib_explain.files import check_replaceable, remove_folder
+from ib_explain.files import check_replaceable, current_folder, remove_folder
 from ib_explain.ib import IBAttention
 from ib_explain.io import FILES
 from ib_explain.modules import host_device
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out must name a folder of its own, got {str(out)!r}; name one in it")
     checkpoint = out.with_name(out.name + ".checkpoint")
     _check_folders(out, checkpoint, resume=args.resume, overwrite=args.overwrite)
+    replaces = args.overwrite or out.exists()
     if args.data is None and not args.dataset:
         raise ValueError("fit needs training images; give --data ROOT or --dataset NAME")
     check_data(args)
@@ -75,12 +77,16 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
         )
     except KeyboardInterrupt:
-        if first and checkpoint.exists():
+        if first and current_folder(checkpoint):
             note(f"the same command with --resume continues from {checkpoint}")
         raise
     if first:
         assert ib.record is not None
         ib.record["class_folders"] = classes  # `attribute` shows them as the names of the classes
+        if out.exists() and not replaces:
+            note(f"{out} was made by another command meanwhile")
+            others = (out.with_name(f"{out.name}-{number}") for number in itertools.count(2))
+            out = next(place for place in others if not place.exists())
         ib.save(out)
         remove_folder(checkpoint, CHECKPOINT_FILES)
         print(_findings(args.model, ib, out, time.monotonic() - started))
@@ -116,11 +122,12 @@ def _check_folders(out: Path, checkpoint: Path, *, resume: bool, overwrite: bool
     if overwrite:
         remove_folder(checkpoint, CHECKPOINT_FILES)
         return
-    if out.exists() and not (resume and checkpoint.exists()):  # a fit to overwrite it may have been interrupted
+    begun = current_folder(checkpoint) is not None
+    if out.exists() and not (resume and begun):  # a fit to overwrite it may have been interrupted
         raise ValueError(f"{out} exists; name another --out or --overwrite")
-    if checkpoint.exists() and not resume:
+    if begun and not resume:
         raise ValueError(f"{checkpoint} is of an interrupted fit; --resume continues it, --overwrite starts again")
-    if resume and not checkpoint.exists():
+    if resume and not begun:
         raise ValueError(f"nothing to resume: there is no {checkpoint}")
 
 
@@ -134,5 +141,10 @@ def _findings(model: str, ib: IBAttention, out: Path, seconds: float) -> str:
         f"in {seconds:.0f} s\n"
         f"{passing} {record['final_agreement']:.1%} of the model's answers (mean of the last steps, training images)\n"
         f"saved in {out}\n"
-        f"next: ib-explain attribute {model} ... --bottleneck {shlex.quote(str(out))}{output} IMAGE"
+        f"next: ib-explain attribute {model} ... --bottleneck {shlex.quote(_as_argument(out))}{output} IMAGE"
     )
+
+
+def _as_argument(path: Path) -> str:
+    """A name that begins with a dash would be taken for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ib_explain.files import replace_file
+from ib_explain.files import check_writable, is_leftover, replace_file
 from ib_explain.visualize import is_contact_sheet
 
 if TYPE_CHECKING:
@@ -51,18 +51,19 @@ class MapFolder:
 
     Raises:
         ValueError: the folder holds the maps of another command, or other files, and `overwrite` is off.
+        OSError: it is a file, or cannot be written to.
     """
 
     def __init__(self, path: str | Path, command: dict[str, Any], *, overwrite: bool = False) -> None:
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path} is a file; --out must name a folder")
+        check_writable(self.path)  # before the maps are made
         before = _command_of(self.path)
         if not overwrite and before is not None and before != command:
             changed = [key for key in {**before, **command} if before.get(key) != command.get(key)]
             what = ", ".join(f"{key} {_value(before, key)}, now {_value(command, key)}" for key in changed[:3])
             raise ValueError(f"{self.path} holds maps of another command ({what}); name another --out or --overwrite")
-        if not overwrite and before is None and self.path.is_dir() and any(self.path.iterdir()):
+        others = [] if not self.path.is_dir() else [entry for entry in self.path.iterdir() if not is_leftover(entry)]
+        if not overwrite and before is None and others:
             raise ValueError(f"{self.path} holds other files; name another --out, or --overwrite to write among them")
         self.command, self._overwrite = command, overwrite
         self._replaces = overwrite and before is not None  # until the first new map is there
@@ -161,7 +162,7 @@ class MapFolder:
         rows = []
         for raw in sorted(self.path.rglob("*.npz")):
             name = raw.relative_to(self.path).with_suffix("").as_posix()
-            if name not in names and _is_ours(raw):
+            if name not in names and not is_leftover(raw) and _is_ours(raw):
                 with contextlib.suppress(*DAMAGED):
                     rows.append({"name": name, **self._facts(name)})
         return rows

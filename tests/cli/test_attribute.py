@@ -272,3 +272,42 @@ def test_maps_of_one_data_set_are_not_taken_for_those_of_another(host, pictures,
     shutil.copy(tmp_path / "other" / "a" / "0.png", tmp_path / "one" / "a" / "0.png")  # other content, the same name
     assert main([*words, "--data", str(tmp_path / "one")]) == 0
     assert "2 maps, 1 of them from before" in capsys.readouterr().out
+
+
+def test_what_a_kill_leaves_is_neither_anybodys_file_nor_a_map(host, pictures, tmp_path, capsys):
+    out = tmp_path / "maps"
+    words = ["attribute", *host, str(pictures / "train" / "a"), "--method", "edges", "--out", str(out)]
+    out.mkdir()
+    (out / ".run-abcd_123.json").write_text("{")  # of a command that was killed while it wrote run.json
+    assert main([*words, "--workers", "0"]) == 0
+    shutil.copy(out / "0.npz", out / ".1-abcd_123.npz")
+    assert main([*words, "--workers", "0"]) == 0
+    assert "2 maps, 2 of them from before" in capsys.readouterr().out
+    table = (out / "maps.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table] == ["name", "0", "1"]
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_the_maps_are_made(host, pictures, tmp_path, fails):
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    words = ["attribute", *host, pictures / "train" / "a", "--method", "edges", "--workers", 0, "--out"]
+    for out in ("gone", "file", "file/maps"):
+        place = tmp_path / out.split("/")[0]
+        assert fails(*words, tmp_path / out) == f"{place} is no folder; name another one"
+
+
+def test_a_folder_that_may_not_be_read_is_named(host, pictures, tmp_path, capsys, monkeypatch):
+    shutil.copytree(pictures / "train" / "a", tmp_path / "in" / "open")
+    shutil.copytree(pictures / "train" / "b", tmp_path / "in" / "locked")
+    entries = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):  # modes mean nothing to an administrator
+            raise PermissionError(13, "Permission denied", str(path))
+        return entries(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    words = ["attribute", *host, str(tmp_path / "in"), "--method", "edges", "--workers", "0"]
+    assert main([*words, "--out", str(tmp_path / "maps")]) == 2
+    said = capsys.readouterr()
+    assert f"cannot read folder {tmp_path / 'in' / 'locked'}: Permission denied" in said.err and "2 maps" in said.out

@@ -100,3 +100,47 @@ def test_a_fit_leaves_out_what_it_cannot_read_and_says_so(host, pictures, tmp_pa
     said = capfd.readouterr()
     assert said.err.count("cannot read image a/0.png") == 1 and "saved in" in said.out
     assert (tmp_path / "ib" / "bottleneck.safetensors").is_file()
+
+
+def fit_words(host, pictures, out, steps):
+    words = ["fit", *host, "--data", pictures, "--split", "train", "--steps", steps, "--batch-size", 4, "--workers", 0]
+    return [str(word) for word in [*words, f"--out={out}"]]
+
+
+def test_a_fit_of_another_command_meanwhile_is_not_replaced(bottleneck, host, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a name may begin with a dash
+    done = Trainer.step
+
+    def meanwhile(self, *batch):
+        if not (tmp_path / "-ib").exists():
+            shutil.copytree(bottleneck, tmp_path / "-ib")
+        done(self, *batch)
+
+    monkeypatch.setattr(Trainer, "step", meanwhile)
+    assert main(fit_words(host, pictures, "-ib", 1)) == 0
+    said = capsys.readouterr()
+    assert "-ib was made by another command meanwhile" in said.err and "saved in -ib-2\n" in said.out
+    assert "--bottleneck ./-ib-2 IMAGE" in said.out
+    assert (tmp_path / "-ib/config.json").read_bytes() == (bottleneck / "config.json").read_bytes()
+    assert json.loads((tmp_path / "-ib-2/config.json").read_text())["record"]["settings"]["steps"] == 1
+
+
+def test_a_fit_killed_between_the_renames_of_a_checkpoint_is_resumed(
+    host, pictures, tmp_path, capsys, monkeypatch, fails
+):
+    done = Trainer.step
+
+    def stops(self, *batch):
+        if self.step_number == 11:
+            raise KeyboardInterrupt
+        done(self, *batch)
+
+    words = fit_words(host, pictures, tmp_path / "ib", 12)
+    monkeypatch.setattr(Trainer, "step", stops)
+    assert main(words) == 1
+    monkeypatch.setattr(Trainer, "step", done)
+    (tmp_path / "ib.checkpoint").rename(tmp_path / ".ib.checkpoint.set-aside")
+    capsys.readouterr()
+    assert "of an interrupted fit; --resume continues it" in fails(*words)
+    assert main([*words, "--resume"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["ib"]

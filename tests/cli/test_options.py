@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,34 @@ def test_a_terminal_that_cannot_say_a_letter_gets_its_code(host, pictures, tmp_p
     command = [sys.executable, "-m", "ib_explain", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and "\\xe9" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["layers", "test_resnet", "--input-size", "64"]])
+def test_a_pipe_that_is_closed_is_no_error_of_ours(words):
+    command = shlex.join([sys.executable, "-m", "ib_explain", *words])
+    told = "${PIPESTATUS[0]}"
+    done = subprocess.run(["bash", "-c", f"{command} | true; exit {told}"], capture_output=True, text=True)
+    assert done.returncode in (0, 1) and "Error" not in done.stderr, done
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_device_is_told_once():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "ib_explain", "--version"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "ib-explain: cannot write No space left on device; what is finished stays\n",
+    )
+
+
+@pytest.mark.parametrize("closed", ["1", "2", "1>&- 2"])
+def test_a_stream_that_is_closed_loses_what_is_said_and_no_more(host, pictures, tmp_path, closed):
+    words = ["attribute", *host, pictures / "train" / "a", "--method", "edges", "--workers", 0]
+    command = shlex.join([sys.executable, "-m", "ib_explain", *map(str, words), "--out", str(tmp_path / "maps")])
+    done = subprocess.run(["bash", "-c", f"{command} {closed}>&-"], capture_output=True, text=True)
+    assert done.returncode == 0, done
+    assert (tmp_path / "maps" / "maps.csv").is_file() and ("2 maps" in done.stdout) == ("1" not in closed)
 
 
 @pytest.mark.parametrize("out", [".", "/"])
