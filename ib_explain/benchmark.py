@@ -96,6 +96,7 @@ def benchmark(
             data; a metric that needs what the data does not have; a folder that holds another run. Later: what
             `Source.batches` says of a batch.
         IndexError: a label that is no class of the host.
+        HostChanged: a method left the model with other weights; a RuntimeError.
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}{did_you_mean(str(target), TARGETS)}")

@@ -163,6 +163,12 @@ def _add_fit(commands: Commands) -> None:
         metavar="N",
         help="batches (default: 6,400 images, 8,960 with --reads features)",
     )
+    fit.add_argument(
+        "--beta",
+        type=float,
+        metavar="B",
+        help="weight of the bits: less keeps more of the model's answers (default: twice what is at stake in an image)",
+    )
     _choice(fit, "--gate", ("gaussian", "noise", "residual"))
     _choice(fit, "--reads", ("gradient", "features"))
     fit.add_argument(

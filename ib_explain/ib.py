@@ -390,7 +390,7 @@ class IBAttention(LayerAttribution, ModelHubMixin, library_name="ib-explain"):
         Args:
             inputs: images (B, 3, H, W).
             target: as in `attribute`.
-            settings: of the optimisation.
+            settings: of the optimisation, an `ib_explain.per_image.PerImageSettings` (steps, lr, beta, copies, seed).
             reference: images (N, 3, H, W) from which the features' statistics are taken; by default those of the
                 fitted bottleneck, else smooth noise images.
             output: "bits" or "attention".

@@ -107,10 +107,10 @@ def check_host(folder: str | os.PathLike[str], config: dict[str, Any], model: nn
             names += f", not to this {ours['architecture']}"
         classes, others = config.get("classes"), getattr(unwrap(model), "num_classes", None)
         more = f" ({classes} classes there, {others} here)" if classes and others and classes != others else ""
-        raise ValueError(f"{folder} was fitted to a {names}: names or shapes of the parameters differ{more}")
+        raise ValueError(f"{folder} was fitted to the model {names}: names or shapes of the parameters differ{more}")
     # Rounded to another precision the same weights cannot be compared.
     if theirs["weights"] != ours["weights"] and theirs.get("precision") == ours["precision"]:
-        told = f"{folder} was fitted to a {theirs['architecture']} with other weights"
+        told = f"{folder} was fitted to the model {theirs['architecture']} with other weights"
         warn_user(f"{told}; fit again for bits that hold")
     normalised, says = config.get("data_config"), data_config(model)
     if normalised and says and normalised != says:

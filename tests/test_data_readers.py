@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm.data
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -279,6 +281,28 @@ def test_open_dataset_mistakes(folder, tmp_path):
     save(picture(), folder / "train" / "stray.png")
     with pytest.raises(ValueError, match="train holds images beside class folders"):
         open_dataset(folder, "train")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_pictures_of_all_kinds_count_in_class_folders_and_tar_files(tmp_path, packed):
+    before = timm.data.get_img_extensions()
+    for name in ("a/0.webp", "b/0.BMP", "b/1.tif", "c/0.png", "c/1.gif", "c/2.jpg", "c/3.ppm"):
+        save(picture(), tmp_path / "in" / name)
+    (tmp_path / "in" / "c" / "notes.txt").write_text("")
+    if packed:
+        with tarfile.open(tmp_path / "in.tar", "w") as tar:
+            tar.add(tmp_path / "in", arcname=".")
+    dataset = open_dataset(tmp_path / ("in.tar" if packed else "in"), transform=plain((4, 4)))
+    assert [dataset[i][1] for i in range(len(dataset))] == [0, 1, 1, 2, 2, 2, 2]
+    assert timm.data.get_img_extensions() == before
+
+
+def test_a_folder_without_pictures_that_shifts_the_labels_is_told(folder):
+    (folder / "val" / "n01a").mkdir()
+    (folder / "val" / ".cache").mkdir()
+    with pytest.warns(UserWarning, match="no pictures that can be read in n01a, so labels count the other 2 folders"):
+        dataset = open_dataset(folder, "val")
+    assert [dataset.load(i)[1] for i in range(len(dataset))] == [0, 0, 0, 1, 1, 1]
 
 
 def test_splits_are_never_mixed(folder):

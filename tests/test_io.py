@@ -43,7 +43,7 @@ def test_the_folder_holds_two_files_and_no_pickle(saved):
 
 def test_other_architecture_other_shape_other_weights(saved, tmp_path):
     _, path = saved
-    with pytest.raises(ValueError, match="fitted to a TinyCNN, not to this TinyViT"):
+    with pytest.raises(ValueError, match="fitted to the model TinyCNN, not to this TinyViT"):
         IBAttention.load(path, tiny("vit"))
     with pytest.warns(UserWarning, match="with other weights"):
         IBAttention.load(path, tiny(seed=1))

@@ -414,6 +414,8 @@ def test_a_case_that_lacks_something_says_what(net, batch):
         METRICS.get("insertions")
     with pytest.raises(ValueError, match="metric 'x' needs 'mask', which a Case has not"):
         register_metric("x", family="complexity", unit="share", higher_is_better=True, needs=("mask",))
+    with pytest.raises(ValueError, match="metric 'x' needs 'seed', which is always there and is not named; known: "):
+        register_metric("x", family="complexity", unit="share", higher_is_better=True, needs=("x", "seed"))
     with pytest.raises(ValueError, match="metric 'x' has the unknown family 'costs'; did you mean 'cost'"):
         register_metric("x", family="costs", unit="share", higher_is_better=True)
 

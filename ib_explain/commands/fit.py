@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         ib.fit(
             loader,
             steps=args.steps,
+            beta=args.beta,
             objective=args.objective,
             precision=args.precision,
             checkpoint=checkpoint,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ib_explain.checks import check_images
+from ib_explain.checks import check_images, warn_user
 
 __all__ = [
     "ImageFiles",
@@ -30,7 +31,7 @@ __all__ = [
 
 Transform = Callable[[Image.Image], Any]
 
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 _SPLITS = {name for group in _SYNONYMS for name in group} | {"test", "testing"}
 
@@ -148,9 +149,11 @@ def open_dataset(
 
     Args:
         root: a folder with one folder for each class, a tar file of such folders, or a folder of pictures, which then
-            come without labels (`ImageFiles`). Class indices are timm's: folder names in natural order.
+            come without labels (`ImageFiles`). Class indices are timm's: names of the folders with pictures, in
+            natural order. Pictures are files that end in .bmp, .gif, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff or
+            .webp, and what `timm.data.add_img_extensions` adds.
         split: "train", "val", ...: the folder or tar file of that name in `root` ("validation", "valid", "eval" also
-            find "val"). None reads `root` itself.
+            find "val"). None reads `root` itself, which must then not be a folder of several splits.
         transform: from picture to input, `preprocess(model)`; None gives the pictures.
         name: a data set by timm's name with its prefix ("hfds/...", "wds/...", "torch/cifar10"), for which `root` and
             `split` are what timm takes them for; a split of None is its "validation".
@@ -159,7 +162,10 @@ def open_dataset(
         `LabelledImages` for folders, tar files and Hugging Face data sets, else what timm returns.
 
     Raises:
-        ValueError: no such root or split, no pictures in it, or pictures beside class folders.
+        ValueError: no such root or split, several splits and none named, no pictures, or pictures beside class folders.
+
+    Warns:
+        UserWarning: a folder in `root` has no pictures, or none that may be read, so that it is no class.
     """
     from timm.data import ImageDataset, create_dataset
 
@@ -174,7 +180,8 @@ def open_dataset(
     else:
         place = _find_split(root, split)
         try:
-            dataset = create_dataset("", str(place), search_split=False)
+            with _all_suffixes():
+                dataset = create_dataset("", str(place), search_split=False)
         except (RuntimeError, AssertionError, OSError, EOFError, tarfile.TarError) as error:
             raise ValueError(f"no images in {place}: {error}") from None
         classes = getattr(dataset.reader, "class_to_idx", {})
@@ -182,10 +189,36 @@ def open_dataset(
             return ImageFiles(list_images(place), transform)
         if "" in classes:
             raise ValueError(f"{place} holds images beside class folders; their class is unclear")
+        _warn_of_empty_folders(place, dataset.reader)
     if isinstance(dataset, ImageDataset):
         return LabelledImages(dataset.reader, transform)
     dataset.transform = transform
     return dataset
+
+
+@contextlib.contextmanager
+def _all_suffixes() -> Iterator[None]:
+    """timm's readers look for .png, .jpg and .jpeg alone, and would leave out other pictures in silence."""
+    from timm.data import get_img_extensions, set_img_extensions
+
+    before = get_img_extensions()
+    set_img_extensions((*before, *_SUFFIXES))
+    try:
+        yield
+    finally:
+        set_img_extensions(before)
+
+
+def _warn_of_empty_folders(place: Path, reader: Any) -> None:
+    """Such a folder shifts the labels of those behind it."""
+    if not place.is_dir():
+        return
+    begin = len(str(place)) + 1
+    full = {file[begin:].partition(os.sep)[0] for file, _ in reader.samples}
+    empty = sorted(e.name for e in place.iterdir() if e.is_dir() and e.name not in full and not e.name.startswith("."))
+    if empty:
+        listed = ", ".join(empty[:3]) + (f" and {len(empty) - 3} more" if len(empty) > 3 else "")
+        warn_user(f"no pictures that can be read in {listed}, so labels count the other {len(full)} folders of {place}")
 
 
 def refuse_one_batch(data: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from ib_explain.targets import Target
 __all__ = ["FAMILIES", "METRICS", "NEEDS", "Case", "Curve", "Metric", "register_function", "register_metric"]
 
 FAMILIES = ("perturbation", "localisation", "human", "sanity", "robustness", "complexity", "cost")
-NEEDS = ("model", "maps", "explain", "masks", "density", "fixations", "other", "baseline")
+NEEDS = ("model", "x", "maps", "explain", "masks", "density", "fixations", "other", "baseline")
+"""Fields of a `Case` that may be None; a metric names those that it reads."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +166,11 @@ def register_metric(
         family: of `FAMILIES`; decides whether it counts in the mean rank (`ib_explain.summary.COUNTED`).
         unit: of a score.
         higher_is_better: direction.
-        needs: fields of `Case` that it reads.
+        needs: fields of `Case` that it reads, of `NEEDS`; target, seed and batch_size are always there.
         derived: it is another metric's score by another scale and does not count a second time.
 
     Raises:
-        ValueError: a second owner of the name, an unknown family, or a need that `Case` does not have.
+        ValueError: a second owner of the name, an unknown family, or a need that is not in `NEEDS`.
         TypeError: no name, needs that are one string, or what is no function.
     """
     METRICS.check_name(name)
@@ -179,7 +180,9 @@ def register_metric(
         raise ValueError(f"metric {name!r} has the unknown family {family!r}{did_you_mean(family, FAMILIES)}")
     unknown = [need for need in needs if need not in NEEDS]
     if unknown:
-        raise ValueError(f"metric {name!r} needs {unknown[0]!r}, which a Case has not; known: {', '.join(NEEDS)}")
+        there = {field.name for field in fields(Case)} - {*NEEDS}
+        told = "which is always there and is not named" if unknown[0] in there else "which a Case has not"
+        raise ValueError(f"metric {name!r} needs {unknown[0]!r}, {told}; known: {', '.join(NEEDS)}")
 
     def file(score: Callable[[Case], Tensor]) -> Callable[[Case], Tensor]:
         if not callable(score):

@@ -1,6 +1,6 @@
 """Faithfulness as a correlation of the map's values with what the host's score does: ic, dc, sensitivity-n.
 
-Arguments that all share, and errors, are those of `ib_explain.metrics.perturbation`.
+Arguments that all share, and errors, are those of `insertion`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def ic(
 
     Pearson correlation, over the steps of `insertion`, of the rise of the score with the mean of the map over the
     pixels inserted in that step (Gomez et al. 2022, arXiv 2201.13291). Unlike the area it sees the map's values, not
-    only their order. The published code inserts cells of the coarse map; steps here are those of `insertion`.
+    only their order. The published code inserts cells of the coarse map; steps here, and arguments, are those of
+    `insertion`.
 
     Returns:
         (B,) float32 in [-1, 1]; NaN for a constant map, a constant score or a single step.
@@ -69,7 +70,8 @@ def dc(
 ) -> Tensor:
     """Deletion correlation: does the score fall in proportion to the map? Higher is better.
 
-    As `ic`, for the fall of the score over the steps of `deletion` (Gomez et al. 2022, arXiv 2201.13291).
+    As `ic`, for the fall of the score over the steps of `deletion` (Gomez et al. 2022, arXiv 2201.13291). Arguments are
+    those of `insertion`.
 
     Returns:
         (B,) float32 in [-1, 1]; NaN for a constant map, a constant score or a single step.
@@ -97,6 +99,7 @@ def sensitivity_n(
     Sensitivity-n (Ancona et al. 2018, arXiv 1711.06104, sec. 4): Pearson correlation, over `sets` random sets, of the
     map summed over the set with the fall of the target's logit when the set is set to 0. Computed for each image and
     then averaged; the released evaluation of IBA pools all images, which lets differences between images count.
+    Arguments that are not listed are those of `insertion`.
 
     Args:
         fractions: n as shares of the pixels, in (0, 1).

@@ -1,16 +1,8 @@
 """Faithfulness by taking an image apart in the order of the map: insertion, deletion, degradation.
 
-The host's score of the target class is read while pixels are replaced. All functions take the host, x (B, C, H, W),
-maps (B, 1, H, W) or (B, H, W), and share these arguments:
-
-    target: the explained classes; None is the host's top-1 on the intact images.
-    fill: what replaces a pixel, a name of `ib_explain.perturb.FILLS` or a tensor that broadcasts to x.
-    score: "probability" (softmax) or "logit" of the target class.
-    seed: of whatever is drawn at random.
-    batch_size: perturbed images in one forward pass; bounds the memory, changes no result. None is B, at least 32.
-
-They raise a ValueError or TypeError for maps with NaN or of another size than x, and for unknown names; a constant
-map is valid, all its pixels are tied.
+The host's score of the target class is read while pixels are replaced. Arguments that all functions share are told in
+`insertion`. They raise a ValueError or TypeError for maps with NaN or of another size than x, and for unknown names; a
+constant map is valid, all its pixels are tied.
 """
 
 from __future__ import annotations
@@ -48,9 +40,18 @@ def insertion(
     unstable; here ties go by pixel index.
 
     Args:
+        model: the host, (B, C, H, W) -> (B, K) logits.
+        x: images (B, C, H, W), normalised.
+        maps: (B, 1, H, W) or (B, H, W).
+        target: the explained classes (an int, a list, a tensor (B,)); None is the host's top-1 on the intact images.
+        fill: what the image begins as: "blur" (RISE's), "gaussian" (a true Gaussian blur), "mean" (of each image and
+            channel), "zero" (in normalised space: the mean colour), "noise", or a tensor that broadcasts to x.
         steps: number of equal steps, or
         pixels_per_step: pixels a step, the last one takes the rest. Neither given: 8 rows of pixels, which at
             224 x 224 are the 1792 pixels and 28 steps of the paper's averages (its single pictures use one row).
+        score: "probability" (softmax) or "logit" of the target class.
+        seed: of the fill "noise".
+        batch_size: perturbed images in one forward pass; bounds the memory, changes no result. None is B, at least 32.
 
     Returns:
         Curve; fractions are the share of pixels inserted, auc is RISE's (sum - first/2 - last/2) / S.
@@ -74,7 +75,8 @@ def deletion(
 ) -> Curve:
     """Score while the intact image is replaced, most relevant pixels first. Lower is better.
 
-    RISE's protocol, as for `insertion`; removed pixels become 0 in normalised space (the mean colour, not black).
+    RISE's protocol and arguments, as for `insertion`; `fill`, here what removed pixels become, is 0 in normalised space
+    (the mean colour, not black).
 
     Returns:
         Curve; fractions are the share of pixels removed, auc is RISE's (sum - first/2 - last/2) / S.
@@ -96,7 +98,13 @@ def insertion_deletion(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> tuple[Curve, Curve]:
-    """Both curves with one fill, as `insertion` and `deletion` give them; their common end points are scored once."""
+    """Both curves with one fill, as `insertion` and `deletion` give them; their common end points are scored once.
+
+    Arguments are those of `insertion`.
+
+    Returns:
+        The curve of insertion and that of deletion.
+    """
     probe = Probe(model, x, target, batch_size=batch_size)
     inserted = ranked_curve(probe, maps, fill, steps, pixels_per_step, score, seed, insert=True)
     return inserted, ranked_curve(probe, maps, fill, steps, pixels_per_step, score, seed, insert=False)
@@ -119,9 +127,11 @@ def degradation(
     """Score while tiles of the image are replaced, most ("morf") or least ("lerf") relevant tiles first.
 
     Schulz et al. 2020 (arXiv 2001.00396, sec. 4.3, after Ancona et al.): square tiles ranked by the mean of the map,
-    replaced by the image's mean of each channel, about 100 points.
+    replaced by the image's mean of each channel, about 100 points. Arguments that are not listed are those of
+    `insertion`.
 
     Args:
+        order: "morf" or "lerf".
         tile: side in pixels, 8 and 14 in the paper. Tiles at the right and lower edge are cut by the image.
         steps: equal steps in tiles; None is 100, or the number of tiles if there are fewer.
 
@@ -149,7 +159,8 @@ def degradation_area(
     """Area between the LeRF and the MoRF curve of `degradation`. Higher is better; 0 for a map without order.
 
     Both curves are normalised so that the intact image scores 1 and the fully degraded one 0 (Schulz et al. 2020,
-    arXiv 2001.00396, sec. 4.3), here image by image, so that every image has its own score.
+    arXiv 2001.00396, sec. 4.3), here image by image, so that every image has its own score. Arguments are those of
+    `degradation`.
 
     Returns:
         (B,) float32; NaN where the intact image does not score above the fully degraded one.

@@ -76,7 +76,7 @@ def road_combined(
 ) -> Tensor:
     """Half the mean difference between the LeRF and the MoRF scores of `road`, (B,) in [-1/2, 1/2]. Higher is better.
 
-    The `ROADCombined` of pytorch-grad-cam, with ranks in place of thresholds.
+    The `ROADCombined` of pytorch-grad-cam, with ranks in place of thresholds. Arguments are those of `road`.
     """
     probe, shares = Probe(model, x, target, batch_size=batch_size), check_shares(fractions, "fractions")
     lerf, morf = (_road(probe, maps, order, shares, noise, score, seed) for order in ("lerf", "morf"))

@@ -117,12 +117,13 @@ def test_a_fit_of_another_command_meanwhile_is_not_replaced(bottleneck, host, pi
         done(self, *batch)
 
     monkeypatch.setattr(Trainer, "step", meanwhile)
-    assert main(fit_words(host, pictures, "-ib", 1)) == 0
+    assert main([*fit_words(host, pictures, "-ib", 1), "--beta", "0.5"]) == 0
     said = capsys.readouterr()
     assert "-ib was made by another command meanwhile" in said.err and "saved in -ib-2\n" in said.out
     assert "--bottleneck ./-ib-2 IMAGE" in said.out
     assert (tmp_path / "-ib/config.json").read_bytes() == (bottleneck / "config.json").read_bytes()
-    assert json.loads((tmp_path / "-ib-2/config.json").read_text())["record"]["settings"]["steps"] == 1
+    settings = json.loads((tmp_path / "-ib-2/config.json").read_text())["record"]["settings"]
+    assert (settings["steps"], settings["beta"]) == (1, 0.5)
 
 
 def test_a_fit_killed_between_the_renames_of_a_checkpoint_is_resumed(
