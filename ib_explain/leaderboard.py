@@ -30,18 +30,20 @@ class Leaderboard:
     files and a page.
 
     Made by `ib_explain.benchmark`, or from a run folder by `Leaderboard.read`.
+
+    Attributes:
+        summary: means, intervals, differences and ranks, to compute with.
+        rows: every image under every method and metric.
+        curves: the whole curves behind insertion, deletion and the like, image by image.
+        store: where the run lies.
+        pictures: for the page: maps of the same images under all methods, and of the extreme cases.
     """
 
     summary: Summary
-    """Means, intervals, differences and ranks, to compute with."""
     rows: Sequence[Row]
-    """Every image under every method and metric."""
     curves: Sequence[CurveBatch]
-    """The whole curves behind insertion, deletion and the like, image by image."""
     store: RunStore
-    """Where the run lies."""
     pictures: Pictures = field(default_factory=Pictures)
-    """For the page: maps of the same images under all methods, and of the extreme cases."""
 
     @classmethod
     def of(

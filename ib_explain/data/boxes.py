@@ -21,25 +21,32 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 class BoxSample(NamedTuple):
-    """One picture with its boxes."""
+    """One picture with its boxes.
+
+    Attributes:
+        image: (3, H, W), the host's input.
+        label: class index, -1 where there is none.
+        boxes: (n, 4) float32, xmin, ymin, xmax, ymax in pixels of the input, both ends inside; n is 0 if the crop lost
+            all.
+    """
 
     image: Tensor
-    """(3, H, W), the host's input."""
     label: int
-    """Class index, -1 where there is none."""
     boxes: Tensor
-    """(n, 4) float32, xmin, ymin, xmax, ymax in pixels of the input, both ends inside; n is 0 if the crop lost all."""
 
 
 class BoxBatch(NamedTuple):
-    """Several samples; `boxes_to_masks(batch.boxes, size)` turns the boxes into masks."""
+    """Several samples; `boxes_to_masks(batch.boxes, size)` turns the boxes into masks.
+
+    Attributes:
+        image: (B, 3, H, W)
+        label: (B,) int64
+        boxes: B tensors (n_i, 4).
+    """
 
     image: Tensor
-    """(B, 3, H, W)"""
     label: Tensor
-    """(B,) int64"""
     boxes: list[Tensor]
-    """B tensors (n_i, 4)."""
 
 
 def read_boxes(path: str | Path, split: str | None = None) -> dict[str, Tensor]:

@@ -21,29 +21,36 @@ __all__ = ["GazeBatch", "GazeImages", "GazeSample", "read_fixations"]
 
 
 class GazeSample(NamedTuple):
-    """One picture with the gaze of its observers."""
+    """One picture with the gaze of its observers.
+
+    Attributes:
+        image: (3, H, W), the host's input.
+        fixations: (n, 2) float32, (x, y) in pixels of the input, 0 at the centre of the first; those that the crop
+            kept.
+        density: (1, H, W) float32, the given fixation map; its sum is 1, or 0 where the crop left nothing.
+        dropped: number of fixations that the crop lost.
+    """
 
     image: Tensor
-    """(3, H, W), the host's input."""
     fixations: Tensor
-    """(n, 2) float32, (x, y) in pixels of the input, 0 at the centre of the first; those that the crop kept."""
     density: Tensor
-    """(1, H, W) float32, the given fixation map; its sum is 1, or 0 where the crop left nothing."""
     dropped: int
-    """Number of fixations that the crop lost."""
 
 
 class GazeBatch(NamedTuple):
-    """Several samples."""
+    """Several samples.
+
+    Attributes:
+        image: (B, 3, H, W)
+        fixations: B tensors (n_i, 2).
+        density: (B, 1, H, W)
+        dropped: (B,) int64
+    """
 
     image: Tensor
-    """(B, 3, H, W)"""
     fixations: list[Tensor]
-    """B tensors (n_i, 2)."""
     density: Tensor
-    """(B, 1, H, W)"""
     dropped: Tensor
-    """(B,) int64"""
 
 
 def read_fixations(path: str | Path) -> dict[str, Tensor]:

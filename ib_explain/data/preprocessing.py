@@ -29,17 +29,20 @@ class Placement:
     """Where one picture's pixels end up in the input: each axis is scaled, then a window is cut out (or padded around).
 
     Coordinates are x to the right and y down, 0 at the centre of the first pixel: x' = (x + 0.5) * scale - 0.5 - left.
+
+    Attributes:
+        original: (h, w) of the picture.
+        resized: (h, w) after the resize.
+        top: first row of the window in the resized picture; negative where the picture is padded.
+        left: its first column, likewise.
+        size: (H, W) of the window, the host's input.
     """
 
     original: tuple[int, int]
-    """(h, w) of the picture."""
     resized: tuple[int, int]
-    """(h, w) after the resize."""
     top: int
-    """First row of the window in the resized picture; negative where the picture is padded."""
     left: int
     size: tuple[int, int]
-    """(H, W) of the window, the host's input."""
 
     def points(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Move points (n, 2) of (x, y): the new points (n, 2), and which of them lie in the window, (n,) bool."""
@@ -80,20 +83,24 @@ class Placement:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """A host's preprocessing at test time: a picture to its input (C, H, W), made by timm from these fields."""
+    """A host's preprocessing at test time: a picture to its input (C, H, W), made by timm from these fields.
+
+    Attributes:
+        size: (H, W) of the input.
+        mean: one a channel: of three, or the one of a host that takes grey pictures.
+        std: likewise.
+        crop_pct: the picture is resized to size / crop_pct before the window is cut from its middle.
+        crop_mode: "center": the shorter side fits, what juts out is lost; "squash": both sides fit, the aspect ratio is
+            lost; "border": the longer side fits, the rest is padded with the mean colour.
+        interpolation: the resize's filter, by timm's name.
+    """
 
     size: tuple[int, int]
-    """(H, W) of the input."""
     mean: tuple[float, ...]
-    """One a channel: of three, or the one of a host that takes grey pictures."""
     std: tuple[float, ...]
     crop_pct: float
-    """The picture is resized to size / crop_pct before the window is cut from its middle."""
     crop_mode: CropMode
-    """"center": the shorter side fits, what juts out is lost; "squash": both sides fit, the aspect ratio is lost;
-    "border": the longer side fits, the rest is padded with the mean colour."""
     interpolation: Interpolation
-    """The resize's filter, by timm's name."""
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the normalised input, (C, H, W) float32, C = 3, or 1 of the picture's luminance (ITU-R 601-2)."""

@@ -39,14 +39,17 @@ class SyntheticSample:
     """One picture, or a batch of them with one more axis in front.
 
     With `pairs=True`, label and mask hold both objects: `mask[..., k, :, :]` is the evidence for `label[..., k]`.
+
+    Attributes:
+        image: (3, H, W) float32, normalised with MEAN and STD.
+        label: () int64 index into CLASS_NAMES; (2,) for pairs, which are of two different classes.
+        mask: (1, H, W) bool, the pixels that the object covers to at least half, its hole included; (2, H, W) for
+            pairs.
     """
 
     image: Tensor
-    """(3, H, W) float32, normalised with MEAN and STD."""
     label: Tensor
-    """() int64 index into CLASS_NAMES; (2,) for pairs, which are of two different classes."""
     mask: Tensor
-    """(1, H, W) bool, the pixels that the object covers to at least half, its hole included; (2, H, W) for pairs."""
 
 
 class Synthetic(Dataset[tuple[Tensor, Tensor]]):

@@ -80,10 +80,12 @@ class Method(Protocol):
 
     A method that calls `resolve_target` on the logits of its own forward pass says so with a class attribute
     `resolves_target = True`; for the others `attribute` runs one image first, to check the target's range.
+
+    Attributes:
+        unit: what the values are, for colour bars: 'bits', 'gradient x feature', ...
     """
 
     unit: str
-    "What the values are, for colour bars: 'bits', 'gradient x feature', ..."
 
     def __call__(self, call: Call) -> Tensor:
         """Maps (B, 1, H, W) at the input's resolution, float32, detached."""

@@ -27,18 +27,22 @@ NEEDS = ("model", "x", "maps", "explain", "masks", "density", "fixations", "othe
 
 @dataclass(frozen=True)
 class Curve:
-    """What is measured while an image is taken apart or put together: mostly the host's score of the target class."""
+    """What is measured while an image is taken apart or put together: mostly the host's score of the target class.
+
+    Attributes:
+        fractions: (S+1,) float32 in [0, 1]: share of the pixels (or tiles) that were replaced or, for insertion, put
+            back.
+        scores: (B, S+1) float32, at the fractions: with both end points but for ROAD (only 0) and `sensitivity_n`
+            (neither, and correlations).
+        auc: (B,) float32: one number an image; the function that made the curve says by which rule.
+        tied: (B,) float32 in [0, 1]: share of pixels (or tiles) whose value another has too, so that their order is
+            arbitrary (by pixel index).
+    """
 
     fractions: Tensor
-    """(S+1,) float32 in [0, 1]: share of the pixels (or tiles) that were replaced or, for insertion, put back."""
     scores: Tensor
-    """(B, S+1) float32, at the fractions: with both end points but for ROAD (only 0) and `sensitivity_n` (neither, and
-    correlations)."""
     auc: Tensor
-    """(B,) float32: one number an image; the function that made the curve says by which rule."""
     tied: Tensor
-    """(B,) float32 in [0, 1]: share of pixels (or tiles) whose value another has too, so that their order is
-    arbitrary (by pixel index)."""
 
 
 @dataclass(frozen=True)
@@ -47,33 +51,36 @@ class Case:
 
     What several metrics share (the host's scores of the intact and of the fully replaced images, whole curves) is
     computed once per case.
+
+    Attributes:
+        model: the host; None where only metrics without it are asked.
+        x: (B, C, H, W) normalised images.
+        maps: (B, 1, H, W) or (B, H, W).
+        target: the explained classes; None is the host's top-1.
+        explain: the method itself, (model, x, target) -> maps, for metrics that explain perturbed images.
+        masks: (B, 1, H, W) bool, where the object is.
+        density: (B, 1, H, W), a human fixation density.
+        fixations: B tensors (n_i, 2), human fixation points as (x, y) in pixels.
+        other: B tensors (n_i, 2), fixations on other images, for shuffled measures.
+        baseline: (B, 1, H, W) or (1, 1, H, W), the density (a centre bias) that information gain is held against.
+        seed: of what a metric draws at random.
+        batch_size: images in one forward pass, see `Probe`.
+        kept: what the batches of a run share, see `keep`.
     """
 
     model: nn.Module | None = None
-    """The host; None where only metrics without it are asked."""
     x: Tensor | None = None
-    """(B, C, H, W) normalised images."""
     maps: Tensor | None = None
-    """(B, 1, H, W) or (B, H, W)."""
     target: Target = None
-    """The explained classes; None is the host's top-1."""
     explain: Explain | None = None
-    """The method itself, (model, x, target) -> maps, for metrics that explain perturbed images."""
     masks: Tensor | None = None
-    """(B, 1, H, W) bool, where the object is."""
     density: Tensor | None = None
-    """(B, 1, H, W), a human fixation density."""
     fixations: Sequence[Tensor] | None = None
-    """B tensors (n_i, 2), human fixation points as (x, y) in pixels."""
     other: Sequence[Tensor] | None = None
-    """B tensors (n_i, 2), fixations on other images, for shuffled measures."""
     baseline: Tensor | None = None
-    """(B, 1, H, W) or (1, 1, H, W), the density (a centre bias) that information gain is held against."""
     seed: int = 0
     batch_size: int | None = None
-    """Images in one forward pass, see `Probe`."""
     kept: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What the batches of a run share, see `keep`."""
     _memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -123,18 +130,25 @@ class Case:
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of the registry: called with a `Case`, it returns scores (B,) float32, NaN where undefined."""
+    """One row of the registry: called with a `Case`, it returns scores (B,) float32, NaN where undefined.
+
+    Attributes:
+        name: in the registry and in tables.
+        family: one of `FAMILIES`; a benchmark ranks all of them, `summary.COUNTED` count in the mean rank.
+        unit: of a score.
+        higher_is_better: direction.
+        needs: the fields of `Case` it reads, of `NEEDS`.
+        score: the function itself.
+        derived: another metric's score by another scale, which does not count in the mean rank a second time.
+    """
 
     name: str
     family: str
-    """One of `FAMILIES`; a benchmark ranks all of them, `summary.COUNTED` count in the mean rank."""
     unit: str
     higher_is_better: bool
     needs: tuple[str, ...]
-    """The fields of `Case` it reads, of `NEEDS`."""
     score: Callable[[Case], Tensor]
     derived: bool = False
-    """Another metric's score by another scale, which does not count in the mean rank a second time."""
 
     def __post_init__(self) -> None:
         # The registry lists entries by their docstring: the function's, not this class's.

@@ -35,15 +35,18 @@ _RESIDUE = 1e-5  # of the image's range: what the rounding of a Fourier transfor
 
 @dataclass(frozen=True)
 class Consistency:
-    """Maps before and after a modification, image by image; batches are joined by joining the tensors."""
+    """Maps before and after a modification, image by image; batches are joined by joining the tensors.
+
+    Attributes:
+        cosine: (D, B) float32 in [-1, 1], cosine of the centred maps outside of the changed window; NaN where the
+            prediction changed or a map is constant.
+        kept: (D, B) bool, the host predicts what it predicted for the intact image.
+        correct: (D, B) float32, 1 where the prediction on the modified image is the label, else 0; NaN without labels.
+    """
 
     cosine: Tensor
-    """(D, B) float32 in [-1, 1], cosine of the centred maps outside of the changed window; NaN where the prediction
-    changed or a map is constant."""
     kept: Tensor
-    """(D, B) bool, the host predicts what it predicted for the intact image."""
     correct: Tensor
-    """(D, B) float32, 1 where the prediction on the modified image is the label, else 0; NaN without labels."""
 
     @property
     def number(self) -> int:

@@ -38,18 +38,21 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method takes for an image of a batch; 1 is what the host's plain forward pass takes for it."""
+    """What a method takes for an image of a batch; 1 is what the host's plain forward pass takes for it.
+
+    Attributes:
+        forwards: forward passes, see `count_passes`.
+        backwards: backward passes; 1 is one from the target's logit to the image.
+        time_ratio: time, median over the rounds: of the processor on a CPU, of the clock on a GPU.
+        time_range: smallest and largest of the rounds.
+        memory_ratio: peak memory beyond what was held before the call. Grows with the rows that a method runs at once.
+    """
 
     forwards: float
-    """Forward passes, see `count_passes`."""
     backwards: float
-    """Backward passes; 1 is one from the target's logit to the image."""
     time_ratio: float
-    """Time, median over the rounds: of the processor on a CPU, of the clock on a GPU."""
     time_range: tuple[float, float]
-    """Smallest and largest of the rounds."""
     memory_ratio: float
-    """Peak memory beyond what was held before the call. Grows with the rows that a method runs at once."""
 
 
 def measure_cost(model: nn.Module, x: Tensor, explain: Explain, target: Target = None, *, rounds: int = 5) -> Cost:

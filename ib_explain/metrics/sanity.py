@@ -33,27 +33,34 @@ __all__ += ["seed_correlation", "target_sensitivity"]
 
 @dataclass(frozen=True)
 class Randomisation:
-    """Similarity of the host's maps with those of the host whose layers up to this one were randomised."""
+    """Similarity of the host's maps with those of the host whose layers up to this one were randomised.
+
+    Attributes:
+        layers: L names, in the order in which they were randomised; "" stands for parameters that the host itself
+            holds.
+        rank_correlation: (L, B) float32 in [-1, 1], Spearman; NaN where a map is constant or not finite.
+        ssim: (L, B) float32 in [-1, 1]; NaN likewise.
+    """
 
     layers: tuple[str, ...]
-    """L names, in the order in which they were randomised; "" stands for parameters that the host itself holds."""
     rank_correlation: Tensor
-    """(L, B) float32 in [-1, 1], Spearman; NaN where a map is constant or not finite."""
     ssim: Tensor
-    """(L, B) float32 in [-1, 1]; NaN likewise."""
 
 
 @dataclass(frozen=True)
 class TargetSensitivity:
-    """How maps differ between two classes."""
+    """How maps differ between two classes.
+
+    Attributes:
+        change: (B,) float32 in [0, 2]: 1 - rank correlation of the two maps, 0 if the class changes nothing. NaN where
+            one is constant.
+        towards: (B,) float32 in [-1, 1]: by how much the share of the positive energy on an object grows when the map
+            is asked for that object's class instead of the other's, mean of both objects. None without masks; NaN where
+            a mask is empty or a map has no positive value.
+    """
 
     change: Tensor
-    """(B,) float32 in [0, 2]: 1 - rank correlation of the two maps, 0 if the class changes nothing. NaN where one is
-    constant."""
     towards: Tensor | None
-    """(B,) float32 in [-1, 1]: by how much the share of the positive energy on an object grows when the map is asked
-    for that object's class instead of the other's, mean of both objects. None without masks; NaN where a mask is empty
-    or a map has no positive value."""
 
 
 def cascading_randomisation(
