@@ -6,7 +6,9 @@ Every public entry checks its arguments with these, so the same mistake reads th
 from __future__ import annotations
 
 import difflib
+import functools
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -178,8 +180,9 @@ def take_options(options: Mapping[str, Any], known: Iterable[str], owner: str) -
 
 
 def warn_user(text: str) -> None:
-    """Warn at the user's line that led here: the first one outside of this package."""
-    package, level, frame = str(Path(__file__).parent), 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+    """Warn at the user's line that led here: the first one outside of this package and of what it runs through."""
+    through = (*(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__)), functools.__file__)
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(through):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, UserWarning, stacklevel=level)

@@ -1,13 +1,16 @@
 """Anchors and the attention network."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ib_explain.bottleneck.anchors import Anchors
 from ib_explain.bottleneck.attention import AttentionNetwork, NetworkInputs, _gelu, class_evidence, unit_scale
+from ib_explain.bottleneck.module import Bottleneck, Normaliser, Restriction
 from ib_explain.maps import spread
+from ib_explain.statistics import Moments
 
 
 def test_anchors_replace_by_the_nearest_value():
@@ -128,3 +131,24 @@ def test_quantised_attention_is_exactly_an_anchor():
     anchors.values.data.copy_(torch.tensor([0.0427, 0.3157, 0.6304, 0.8946]))
     got, _ = anchors(torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
     assert set(got.unique().tolist()) == set(anchors.values.tolist())
+
+
+def test_the_class_activation_map_is_of_the_deepest_features():
+    fits, other = (AttentionNetwork(c, [d], gradient=False, query_width=10) for c, d in ((5, 10), (10, 5)))
+    assert fits.evidence.in_channels == other.evidence.in_channels + 1
+
+
+def test_a_gradient_is_that_of_the_normalised_features():
+    normaliser = Normaliser(Moments(torch.randn(1, 3, 1, 1), torch.tensor([0.5, 1.0, 4.0]).view(1, 3, 1, 1), 1))
+    features, weights = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    (gradient,) = torch.autograd.grad((normaliser(features) * weights).sum(), features)
+    torch.testing.assert_close(normaliser.of_gradient(gradient), weights)
+
+
+def test_sampled_attention_stays_in_its_range():
+    moments = Moments(torch.zeros(1, 5, 1, 1), torch.ones(1, 5, 1, 1), 1)
+    bottleneck = Bottleneck(Restriction("gaussian", moments, []), [], gradient=False, classes=torch.randn(3, 4))
+    seen = SimpleNamespace(features=torch.randn(2, 5, 4, 4), deep=[], gradient=None, target=torch.tensor([0, 1]))
+    for noise, bound in ((1e3, 0.999), (-1e3, 0.0)):
+        value = bottleneck.attend(seen, torch.full((2, 1, 4, 4), noise)).value
+        torch.testing.assert_close(value, torch.full_like(value, bound))

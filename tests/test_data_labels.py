@@ -242,3 +242,24 @@ def test_tables_hold_finite_numbers(tmp_path, number):
     table.write_text(f"image,x,y\na,1,{number}\n")
     with pytest.raises(ValueError, match="line 2.*must be numbers, got"):
         read_fixations(table)
+
+
+def test_a_box_of_which_just_that_share_is_left_is_kept(tmp_path):
+    save(picture(6, 8), tmp_path / "a.png")
+    boxes = {"a.png": torch.tensor([[0.0, 0.0, 1.0, 5.0]])}  # the crop takes one of its two columns
+    half, more = (BoxImages(ImageFiles([tmp_path / "a.png"]), boxes, plain((6, 6)), keep=k) for k in (0.5, 0.51))
+    assert (len(half[0].boxes), len(more[0].boxes)) == (1, 0)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_gaze_on_turned_pictures(gaze, turn):
+    image = picture(30, 20) if turn > 4 else picture(20, 30)
+    exif = image.getexif()
+    exif[0x0112] = turn
+    image.save(gaze / "images" / "cat.jpg", exif=exif)
+    assert GazeImages(gaze, plain((40, 40), "squash"))[0].image.shape == (3, 40, 40)
+
+
+def test_a_fixation_on_the_outer_half_of_the_first_pixel(gaze):
+    (gaze / "fixations.csv").write_text("image,x,y\ncat,-0.5,-0.25\n")
+    assert GazeImages(gaze, plain((20, 30), "squash"))[0].fixations.tolist() == [[-0.5, -0.25]]

@@ -187,3 +187,9 @@ def test_features_that_never_vary_are_refused():
         IBAttention(tiny().requires_grad_(False), "stages.1", per_element=True).fit(
             [images(1).expand(8, -1, -1, -1)], steps=1, show_progress=False
         )
+
+
+def test_processes_count_each_others_images():
+    data = [torch.zeros(2, 3, 4, 4) for _ in range(8)]
+    for world, count in ((1, 4), (2, 2), (4, 1)):
+        assert len(list(Batches(data, 0, Share(0, world)).first(8))) == count

@@ -14,6 +14,7 @@ from captum.metrics import infidelity, sensitivity_max
 from torch import nn
 
 import ib_explain as ibx
+from ib_explain import ib as module
 from ib_explain.ib import IBAttention
 from ib_explain.lattice import attention_without_lattice
 from ib_explain.lending import HostArgs
@@ -413,3 +414,14 @@ def test_images_that_nothing_passes_for_are_told():
         ib.bottleneck.network.head.bias.fill_(-200)
     with pytest.warns(UserWarning, match="no information passes for any of these images; are they normalised as in"):
         assert ib.attribute(images(2)).sum() == 0
+
+
+def test_refining_is_priced_whatever_is_read(monkeypatch):
+    x = images(8)
+    ib = IBAttention(tiny(), "stages.1", reads="features").fit([x], steps=1, show_progress=False)
+    optimise, seen = module.optimise, []
+    monkeypatch.setattr(
+        module, "optimise", lambda restriction, s, *rest: seen.append(s) or optimise(restriction, s, *rest)
+    )
+    ib.attribute(x, refine=1)
+    assert seen[0].gradient is not None and len(seen[0].deep_gradients) == len(seen[0].deep) > 0

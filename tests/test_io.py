@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ib_explain.files import current_folder, replace_file, replace_folder
 from ib_explain.ib import IBAttention
@@ -353,3 +354,11 @@ def test_another_normalisation_is_told(tmp_path):
     host.pretrained_cfg = {**host.pretrained_cfg, "mean": (0.1, 0.1, 0.1)}
     with pytest.warns(UserWarning, match=r"normalised by mean \[0.1, 0.1, 0.1\], not \["):
         IBAttention.load(tmp_path / "ib", host)
+
+
+def test_a_fingerprint_looks_at_weights_to_their_end():
+    host = nn.Linear(64, 64)
+    before = fingerprint(host)
+    with torch.no_grad():
+        host.weight[-1] += 1
+    assert fingerprint(host) != before

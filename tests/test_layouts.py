@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ib_explain.hooks import capture
 from ib_explain.io import layout_from_json
-from ib_explain.layouts import Layout, leaves
+from ib_explain.layouts import Layout, _of_size, leaves
 from ib_explain.readings import finest_grid
 from ib_explain.stripes import find_layouts, probe_images
 
@@ -357,3 +357,8 @@ def test_tokens_of_a_strip_are_found_lying_and_standing(size):
     torch.manual_seed(0)
     found = find_layouts(Strip().eval(), ["tokens"], (3, *size))["tokens"]
     assert isinstance(found, Layout) and found.grid == (size[0] // 16, size[1] // 16)
+
+
+def test_side_of_another_size_is_held_at_its_mean():
+    mean = torch.tensor([[[1.0], [3.0]]])
+    assert torch.equal(_of_size(mean, torch.Size((4, 3, 1))), torch.full((4, 3, 1), 2.0))

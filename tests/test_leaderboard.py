@@ -11,6 +11,7 @@ from ib_explain.leaderboard import Leaderboard
 from ib_explain.pictures import Picture, Pictures
 from ib_explain.results import RunStore
 from ib_explain.rows import Row
+from ib_explain.summary import summarise_curves
 from tests.reporting import INFO, SETTINGS, make_rows, make_store, png
 
 
@@ -86,3 +87,10 @@ def test_a_board_that_was_read_keeps_its_pictures(tmp_path, undrawn):
     (folder / "figures" / "cases-0.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"pictures.json is damaged .*; delete it to go on without"):
         Leaderboard.read(folder)
+
+
+def test_a_board_draws_by_the_runs_seed(board):
+    assert board.summary.seed == SETTINGS["seed"] != 0
+    for seed, same in ((SETTINGS["seed"], True), (0, False)):
+        expected, *_ = summarise_curves(board.curves, seed=seed)
+        assert np.array_equal(board.mean_curves()[0].low, expected.low) == same

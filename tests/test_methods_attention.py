@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -9,8 +11,8 @@ from torch import Tensor, nn
 
 import ib_explain as ibx
 from ib_explain.lending import frozen
-from ib_explain.methods import Call, NotApplicable
-from ib_explain.methods.attention import read_attention, unfused
+from ib_explain.methods import Call, NotApplicable, attention_rollout
+from ib_explain.methods.attention import AttentionPass, read_attention, unfused
 from ib_explain.methods.attention_rollout import gradient_rollout, rollout
 
 METHODS = ("attention_rollout", "attention_gradient_rollout")
@@ -114,3 +116,11 @@ def test_hosts_without_such_attention_are_refused(method: str) -> None:
 def test_layer_is_refused() -> None:
     with pytest.raises(ValueError, match="method 'attention_rollout' takes no layer"):
         ibx.attribute(vit(), images(), method="attention_rollout", layer="blocks.1")
+
+
+def test_what_a_token_brings_itself_is_no_evidence(monkeypatch):
+    matrix = torch.full((1, 2, 4, 4), 0.25)
+    seen = AttentionPass([matrix], [torch.zeros_like(matrix)], torch.full((1, 4), 0.25), 0, (2, 2))
+    monkeypatch.setattr(attention_rollout, "read_attention", lambda call, gradients: seen)
+    call = SimpleNamespace(refuse_layer=lambda name: None, size=(4, 4))
+    assert not attention_rollout.AttentionGradientRollout()(call).any()  # without gradients nothing is mixed

@@ -243,3 +243,8 @@ def test_score_cam_closed_form() -> None:
     mask = F.interpolate(features, size=(16, 16), mode="bilinear", align_corners=False)[0]
     seen = (x[0, 0] * mask[0]).sum() / 16, (x[0, 0] * mask[1] / 2).sum() / 16, torch.tensor(0.0)
     torch.testing.assert_close(weights[0], torch.stack(seen).softmax(dim=0), rtol=1e-5, atol=1e-6)
+
+
+def test_eigen_cam_is_positive_where_features_are_stronger():
+    features = torch.tensor([[[[5.0, 5.0], [5.0, 1.0]]]])
+    torch.testing.assert_close(eigen_cam_map(features), torch.tensor([[[[1.0, 1.0], [1.0, -3.0]]]]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import timm
@@ -243,3 +245,10 @@ def test_structure_is_read_from_the_graph() -> None:
     assert structure.nodes["Relu"] == 2
     assert structure.nodes["Convolution"] == 2
     assert not structure.joins
+
+
+def test_seeds_share_no_draws():
+    x = torch.zeros(1, 3, 4, 4)
+    calls = [SimpleNamespace(copies_per_pass=4, seed=seed, x=x, input_size=(3, 4, 4)) for seed in (0, 1)]
+    draws = torch.cat([part for call in calls for part in _noise(call, 4)])
+    assert len({draw.numpy().tobytes() for draw in draws}) == 8

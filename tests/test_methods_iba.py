@@ -145,3 +145,22 @@ def test_default_layer_has_stride_eight_or_is_the_bottlenecks_own() -> None:
     assert iba_layer(timm.create_model("test_resnet").eval(), (3, 96, 96)) == "layer2"
     vit = timm.create_model("test_vit").eval()
     assert iba_layer(vit, (3, 64, 64)) == ibx.default_layer(vit, (3, 64, 64))
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_passes_of_any_size_price_the_same(rows):
+    net, x, reference = Net().eval(), 2 * images(2, 0), images(40, 1)
+    settings = {"method": "iba", "layer": "site", "target": [1, 4], "reference": reference, "copies": 4, "seed": 11}
+    whole, parts = (ibx.attribute(net, x, batch_size=n, beta=0.3, steps=6, **settings) for n in (8, rows))
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-3 * float(whole.max()))
+
+
+def test_reference_images_that_were_written_to_are_looked_at_again():
+    host, reference = Net().eval(), images(8, 1)
+    with frozen(host):
+        site = resolve_site(host, "site", tuple(reference.shape[1:]))
+        before = reference_statistics(host, site, reference, per_element=False)
+        assert reference_statistics(host, site, reference, per_element=False) is before
+        reference[4:] *= 3
+        after = reference_statistics(host, site, reference, per_element=False)
+    assert not torch.allclose(after.std, before.std)

@@ -94,3 +94,9 @@ def test_bad_modifications():
         input_modification_consistency(Brightness(), images(1), blind, modification="low_freq")
     with pytest.raises(ValueError, match=r"strength must be a share of the image's side in \(0, 1\), got 8"):
         input_modification_consistency(Brightness(), images(1), blind, strength=8)
+
+
+def test_patches_follow_the_seed():
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    drawn = [modified_images(x, seed=seed, draw=draw)[0] for seed in (0, 1) for draw in (0, 1)]
+    assert len({image.numpy().tobytes() for image in drawn}) == 4

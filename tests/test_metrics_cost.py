@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ib_explain import IBAttention, attribute
+from ib_explain.metrics import cost
 from ib_explain.metrics.cost import _metered, _time_ratios, count_passes, measure_cost, peak_bytes
 from tests.models import images, tiny
 
@@ -235,3 +236,10 @@ def test_a_fitted_map_takes_at_most_a_tenth_more_than_its_passes(reads):
     plain = count_passes(model, x, by_hand)
     assert plain[0] == pytest.approx(1.0) and (plain[1] > 0) == (reads == "gradient")
     assert forwards + backwards <= 1.10 * sum(plain)
+
+
+def test_the_time_is_the_median(monkeypatch):
+    monkeypatch.setattr(cost, "_time_ratios", lambda *_: [2.0, 30.0, 3.0])
+    host = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    found = measure_cost(host, torch.rand(2, 3, 4, 4), lambda model, x, target: x[:, :1], rounds=3)
+    assert (found.time_ratio, found.time_range) == (3, (2, 30))

@@ -368,3 +368,30 @@ def test_centred_gaussian():
     assert ratio.item() == pytest.approx(math.exp(-((18.5 / 18) ** 2 - (0.5 / 18) ** 2) / 2), rel=1e-5)
     with pytest.raises(ValueError, match=r"sigma must be > 0 \(a share of each side\), got -1"):
         centred_gaussian((4, 4), sigma=-1)
+
+
+def test_a_value_at_the_floor_is_kept():
+    maps, masks = torch.tensor([[[1.0, 0.5]]]), torch.tensor([[[True, False]]])
+    # Thresholds .5, .55, ..., .95, .99: at the first one two pixels are left, at the others one.
+    assert effective_heat_ratio(maps, masks, floor=0.5).item() == pytest.approx(0.1 * (0.25 + 9 + 0.5))
+
+
+def test_a_hit_where_the_centre_misses_is_no_infinity():
+    maps, masks = torch.zeros(1, 9, 9), torch.zeros(1, 9, 9, dtype=torch.bool)
+    maps[0, 0, 0], masks[0, 0, 0] = 1, True
+    assert relative_to_centre(pointing_game, maps, masks).isnan().all()
+
+
+def test_outer_edges_of_boxes_are_half_open():
+    wide = boxes_to_masks(torch.tensor([[0.5, 0.0, 1.5, 0.0]]), (1, 4))
+    high = boxes_to_masks(torch.tensor([[0.0, 0.5, 0.0, 1.5]]), (4, 1))
+    assert wide.flatten().tolist() == high.flatten().tolist() == [True, True, False, False]
+
+
+def test_the_rounding_of_a_resize_is_no_box_outside():
+    assert boxes_to_masks(torch.tensor([[-5e-4, 0.0, 4.0005, 3.0005]]), (4, 5)).all()
+
+
+def test_a_fixation_between_two_pixels_is_of_the_second():
+    index, _ = fixation_pixels([torch.tensor([[0.5, 2.5], [1.5, -0.5]])], (4, 4))
+    assert index.tolist() == [[13, 2]]

@@ -126,3 +126,16 @@ def test_sparsity_is_undefined_without_heat_and_for_signed_maps():
             metric(maps / 0)
     for name in ("sparsity_max_over_mean", "sparsity_mean_over_max"):
         assert METRICS.get(name)(Case(maps=maps)).isnan().tolist() == [True, True, False]
+
+
+def test_a_warning_points_at_the_users_line():
+    case = Case(Sum(1.0, 0.0), torch.ones(1, 3, 1, 2), torch.tensor([[[5.0, 2.0]]]), target=0)
+    with pytest.warns(UserWarning, match="look like probabilities") as told:
+        METRICS.get("add")(case)
+    assert [warning.filename for warning in told] == [__file__]
+
+
+def test_the_registered_drop_is_clamped_and_an_equal_score_is_no_increase():
+    x, maps = torch.ones(1, 3, 1, 2), torch.tensor([[[5.0, 2.0]]])
+    assert METRICS.get("average_drop")(Case(Sum(1.0, -2.0), x, maps, target=0)).item() == 0
+    assert METRICS.get("increase_in_confidence")(Case(Sum(1.0, 0.0), x, maps, target=0)).item() == 0

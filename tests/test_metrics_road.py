@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse import coo_matrix
 from scipy.sparse.linalg import spsolve
-from torch import nn
 
 from ib_explain.metrics import METRICS, Case, noisy_linear_imputation, road, road_combined
 from ib_explain.metrics.imputation import _coarsen, _refine
+from tests.perturbing import noise_and_maps, small_net
 
 WEIGHTS = {(0, 1): 2, (0, -1): 2, (1, 0): 2, (-1, 0): 2, (1, 1): 1, (1, -1): 1, (-1, 1): 1, (-1, -1): 1}  # of 12
 
@@ -146,15 +146,12 @@ def test_bad_holes_are_named():
 
 @pytest.fixture
 def net():
-    torch.manual_seed(0)
-    layers = nn.Conv2d(3, 6, 5, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(54, 5)
-    return nn.Sequential(*layers).eval()
+    return small_net()
 
 
 @pytest.fixture
 def batch():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(3, 3, 24, 24, generator=generator), torch.rand(3, 1, 24, 24, generator=generator)
+    return noise_and_maps()
 
 
 def test_a_flat_image_is_imputed_without_a_trace(net):

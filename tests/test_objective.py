@@ -118,3 +118,10 @@ def test_an_image_is_worth_fitting_as_far_as_it_puts_its_target_ahead():
         worth_fitting(logits[i : i + 1], closed, torch.tensor([t])).item() for i, t in ((0, 0), (0, 1), (1, 0), (2, 2))
     ]
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_masked_evidence_counts_as_much_as_all_layers():
+    deep, gradient, masked = random(2, 6, 4, 4), random(2, 6, 4, 4, seed=1), random(2, 1, 8, 8, seed=2)
+    one = location_price(seen([deep], [gradient]), masked)
+    torch.testing.assert_close(location_price(seen([deep] * 3, [gradient] * 3), masked), one, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(location_price(seen([deep], [gradient]), 7 * masked + 1), one, rtol=1e-3, atol=1e-5)

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import ib_explain.per_image as per_image
 from ib_explain.bottleneck.module import Restriction
 from ib_explain.lending import frozen
 from ib_explain.observation import observe
-from ib_explain.per_image import PerImageSettings, optimise
+from ib_explain.per_image import PerImageSettings, _towards, optimise
 from ib_explain.places import find_place
 from ib_explain.statistics import Moments
 from tests.models import images
@@ -122,3 +123,21 @@ def test_dear_places_pass_less(monkeypatch):
 def test_settings_are_checked(wrong, message):
     with pytest.raises((TypeError, ValueError), match=message):
         PerImageSettings(**wrong)
+
+
+def test_evidence_prices_the_places(monkeypatch):
+    host, x, restriction = setting()
+    evidence, asked = torch.randn(len(x), 1, *GRID), []
+    monkeypatch.setattr(per_image, "location_price", lambda seen, masked=None: asked.append(masked) or torch.ones(1))
+    with frozen(host), torch.no_grad():
+        place = find_place(host, LAYER, tuple(x.shape[1:]), read=False)
+        seen = observe(host, place.site, x)
+        optimise(restriction, seen, place.site.layout, PerImageSettings(steps=1), None, evidence)
+    assert asked[0] is evidence
+
+
+def test_a_peak_of_the_evidence_moves_the_start_by_half_a_deviation_at_most():
+    evidence = torch.zeros(2, 1, 6, 6)
+    evidence[0, 0, 2, 4], evidence[1, 0, 2, 4] = 1, -1
+    moved = _towards(evidence, torch.full_like(evidence, 0.5))
+    assert moved[:, 0, 2, 4].tolist() == pytest.approx([1.5 * 0.5, 1.5 * -2.0])

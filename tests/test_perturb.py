@@ -110,3 +110,13 @@ def test_bad_steps_are_named(settings, message):
         step_counts(10, **settings)
     with pytest.raises(TypeError, match="steps must be an integer"):
         step_counts(10, steps=2.5)
+
+
+def test_noise_has_the_images_own_deviation():
+    x = torch.tensor([[[[1.0, -1.0], [1.0, -1.0]]]])
+    field = torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(fill_images(x, "noise", seed=3), field[None])
+
+
+def test_steps_are_rounded_to_the_nearest_unit():
+    assert step_counts(9, steps=4).tolist() == [0, 2, 5, 7, 9]

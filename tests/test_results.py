@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ib_explain.results import RunStore, check_folder
-from ib_explain.rows import CurveBatch, Row, read_rows
+from ib_explain.rows import CurveBatch, Row, join_curves, read_rows
 
 SETTINGS = {"model": {"name": "resnet18"}, "seed": 0, "methods": {"rise": {"masks": 8}}}
 METHODS, METRICS, SIZE = ("ib", "rise"), ("deletion", "insertion"), 3
@@ -341,3 +341,11 @@ def test_a_batch_that_another_process_measured_again_counts(tmp_path):
     fill(second, range(1, 2))
     first.finish()
     assert all(RunStore.read(tmp_path / "run").done(batch) for batch in range(3))
+
+
+def test_joined_curves_stay_with_their_images():
+    scores = np.arange(8.0).reshape(4, 2)
+    parts = [CurveBatch("a", "insertion", images, [0, 1], scores[images]) for images in ([2, 3], [1, 0])]
+    joined = join_curves(parts)
+    assert joined.images.tolist() == [0, 1, 2, 3]
+    np.testing.assert_array_equal(joined.scores, scores)

@@ -360,3 +360,12 @@ def test_the_number_of_channels_is_that_of_the_images(name, options, channels):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=2, **options)
     assert input_size_of(model)[0] == channels
+
+
+def test_the_deepest_three_are_read():
+    halves = [nn.Sequential(nn.Conv2d(3 if i == 0 else 6, 6, 3, 2, 1), nn.ReLU()) for i in range(5)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        host = nn.Sequential(*halves, nn.Flatten(), nn.Linear(6 * 16, 4)).eval()
+    site = resolve_site(host, "0", (3, 128, 128))
+    assert [layout.grid for _, layout in deeper_sites(host, site)] == [(16, 16), (8, 8), (4, 4)]

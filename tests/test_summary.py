@@ -394,3 +394,16 @@ def test_extremes_follow_direction():
     best, worst = extremes(rows, DOWN, count=9)["a"]
     assert [case.image for case in best] == [0, 1] and [case.image for case in worst] == [2, 3]
     assert extremes(rows_of({("a", "insertion"): np.ones(1)}), UP)["a"] == ([], [])
+
+
+def test_ranks_over_common_images_are_drawn_by_the_seed():
+    values = np.random.default_rng(0).normal(size=(9, 6)).round(1)
+    values[0, 1] = np.nan  # not known on the same images: compared in pairs
+    rows = rows_of({(f"m{m}", "insertion"): values[:, m] for m in range(6)})
+    found = summarise(rows, [UP], seed=3, confidence=0.5)
+    by_seed, other = (
+        percentile_interval(pairwise_ranks(values, higher_is_better=True, seed=seed)[1], 0.5) for seed in (3, 0)
+    )
+    low, high = ([getattr(found.ranks[f"m{m}", "insertion"], end) for m in range(6)] for end in ("low", "high"))
+    np.testing.assert_array_equal([low, high], by_seed)
+    assert not np.array_equal(by_seed, other), "the case that this is about"

@@ -12,7 +12,7 @@ import pytest
 from ib_explain.leaderboard import Leaderboard
 from ib_explain.rows import Row
 from ib_explain.summary import Interval, MetricFacts, summarise
-from ib_explain.tables import markdown_tables, number_format
+from ib_explain.tables import markdown_tables, number_format, shown_mean_rank, verdict
 from tests.reporting import METHODS, METRICS, make_store
 
 
@@ -101,3 +101,26 @@ def test_difference_is_judged_by_direction():
     ]
     text = markdown_tables(summarise(rows, facts, "ref"))
     assert re.search(r"\| more \| ▲ \+1 +\| ▼ \+1 +\|", text)
+
+
+def test_three_decades_share_their_digits():
+    def forms(large):
+        form = number_format([Interval(1.0, 0.99, 1.01, 9), Interval(large, large - 0.1, large + 0.1, 9)])
+        return form(1.0), form(large)
+
+    assert forms(500.0) == ("1.000", "500.000") and forms(1001.0) == ("1", "1001")
+
+
+def test_an_interval_that_ends_at_zero_says_nothing():
+    higher = MetricFacts("insertion", "perturbation", "probability", higher_is_better=True)
+    intervals = [Interval(1, 0, 2, 9), Interval(-1, -2, 0, 9), Interval(1, 0.1, 2, 9)]
+    assert [verdict(interval, higher) for interval in intervals] == [0, 0, 1]
+
+
+def test_a_method_that_lacks_ranks_is_never_the_best():
+    values = {"insertion": {"a": 1, "b": 1, "c": 0}, "deletion": {"b": 1, "c": 1}}
+    rows = [Row(i, "x", method, name, v) for name, of in values.items() for method, v in of.items() for i in range(2)]
+    facts = [MetricFacts(name, "perturbation", "probability", higher_is_better=name == "insertion") for name in values]
+    summary = summarise(rows, facts)
+    assert summary.mean_ranks["a"].mean == summary.mean_ranks["b"].mean == 1.5
+    assert [shown_mean_rank(summary, method).mark for method in "abc"] == ["", "*", ""]

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
+from ib_explain.colours import reduced
 from ib_explain.data import preprocess
 from ib_explain.hosts import class_names
 from ib_explain.io import data_config
@@ -326,3 +327,9 @@ def test_labels_of_neighbouring_bars_do_not_run_into_each_other():
     figure.canvas.draw()
     boxes = [axes.xaxis.label.get_window_extent() for axes in figure.axes if "unit" in axes.get_xlabel()]
     assert len(boxes) == 2 and boxes[0].x1 < boxes[1].x0
+
+
+def test_a_reduced_map_holds_the_means():
+    heat = torch.rand(2, 8, 12)
+    _, small = reduced(torch.zeros(2, 3, 8, 12), heat, 6)
+    torch.testing.assert_close(small, heat.unflatten(1, (4, 2)).unflatten(3, (6, 2)).mean(dim=(2, 4)))
